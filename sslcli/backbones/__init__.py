@@ -1,0 +1,1 @@
+"""What turns pixels into features? One file per family; timm does the work."""

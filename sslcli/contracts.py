@@ -1,0 +1,189 @@
+"""What the parts promise each other: abstract types, nothing that runs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from sslcli.config.base import MethodConfig
+from sslcli.config.optim import ParamRule
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: the only clock. One step is one optimiser update over the global batch."""
+
+    step: int
+    """Steps done."""
+    total: int
+    """Steps of the whole run."""
+    steps_per_epoch: int
+    """Steps in one pass over the images."""
+    seed: int
+    """The run's seed: every draw inside a step is a function of it and of `step`."""
+    part: int = 0
+    """Which slice of the batch, when gradients are accumulated."""
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed, counted from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Steps done in the current epoch."""
+        return self.step % self.steps_per_epoch
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return self.step / self.total
+
+    @property
+    def starts_epoch(self) -> bool:
+        """Whether the next step is the first of an epoch."""
+        return self.step_in_epoch == 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.total
+
+    def next(self) -> "Progress":
+        """One step later."""
+        return replace(self, step=self.step + 1, part=0)
+
+    def at_part(self, part: int) -> "Progress":
+        """The same step, at one slice of its batch."""
+        return replace(self, part=part)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's share of a step, on its device."""
+
+    views: list[Tensor]
+    """Each (B, 3, H, W), normalised; all views of the first group first."""
+    index: Tensor
+    """(B,) int64: which image of the source each row is."""
+    labels: Tensor | None = None
+    """(B,) int64, where the source has labels."""
+    masks: Tensor | None = None
+    """(B, N) bool, True where a patch is masked; for masked views."""
+    targets: list[Tensor] = field(default_factory=list)
+    """Further renderings of the images for target networks; for masked views."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one forward pass of a method gives back."""
+
+    loss: Tensor
+    """Scalar to minimise."""
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached scalars worth logging, left on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """Sizes a method may need to build itself, known only once the data is."""
+
+    images: int
+    """Images in the source."""
+    batch_size: int
+    """Images per step over all ranks."""
+    part_size: int
+    """Images per forward pass over all ranks: the batch size, over the accumulation."""
+    steps_per_epoch: int
+    """Steps in one pass."""
+    total_steps: int
+    """Steps of the whole run."""
+
+
+class Backbone(nn.Module, ABC):
+    """Pixels to features. The parameters of `trunk` carry torchvision's or timm's names."""
+
+    trunk: nn.Module
+    dim: int
+    """Length of the pooled feature."""
+
+    @abstractmethod
+    def maps(self, images: Tensor) -> Tensor:
+        """Last feature maps (B, C, h, w) of images (B, 3, H, W)."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features (B, dim) of images (B, 3, H, W)."""
+
+    @abstractmethod
+    def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Features at named places: `pooled`, or a stage of the network as (B, C, h, w)."""
+
+    @abstractmethod
+    def tap_names(self) -> tuple[str, ...]:
+        """The names `taps` understands."""
+
+
+class Look(Protocol):
+    """One un-augmented pass over all images, offered to `Method.before_epoch`."""
+
+    def __call__(self, features: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `features` to every image in evaluation mode; rows (N, D) in index order, equal on all ranks."""
+        ...
+
+
+class Method(nn.Module, ABC, Generic[C]):
+    """One idea. All it remembers is parameters and buffers, equal on all ranks: `state_dict()` is the whole truth."""
+
+    cfg: C
+    backbone: Backbone
+
+    def __init__(self, cfg: C, backbone: Backbone, facts: RunFacts) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = backbone
+
+    @abstractmethod
+    def forward(self, batch: Batch, at: Progress) -> StepResult:
+        """Loss of one rank's share of the batch; runs inside DDP, once per slice when accumulating."""
+
+    def before_epoch(self, at: Progress, look: Look) -> None:
+        """At the start of an epoch; what it finds goes into buffers. Skipped when an epoch is resumed half-way."""
+
+    def sample_weights(self) -> np.ndarray | None:
+        """(N,) weights for drawing images with replacement in the coming epoch, or None for one pass over all."""
+        return None
+
+    def before_update(self, at: Progress) -> None:
+        """After the backward pass, before clipping and the optimiser step."""
+
+    def after_step(self, at: Progress) -> None:
+        """After the optimiser step; `at` still counts the step just taken as not done."""
+
+    def param_rules(self) -> Sequence[ParamRule]:
+        """How the method itself wants parameters treated; the preset's own rules come after and win."""
+        return ()
+
+    def copy_student(self) -> None:
+        """Copy the student into its slow twin: called once, after all initialisation and loading."""
+
+    def exported(self) -> Backbone:
+        """The network worth keeping."""
+        return self.backbone
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an evaluation found, with everything needed to compare it with another."""
+
+    protocol: str
+    """Name of the protocol, e.g. `knn-v1`."""
+    metrics: dict[str, float]
+    """Values, percentages in [0, 100]."""
+    details: dict[str, Any]
+    """Protocol settings and hash, seed, data fingerprints, weights digest, versions, command."""

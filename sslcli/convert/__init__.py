@@ -1,0 +1,1 @@
+"""In whose dialect? Rules between weight layouts."""

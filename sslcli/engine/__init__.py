@@ -1,0 +1,1 @@
+"""In what order does time pass? Loop, optimisers, checkpoints, launch."""

@@ -1,0 +1,1 @@
+"""What is it worth? One file per evaluator."""

@@ -1,0 +1,1 @@
+"""What did it learn, as weights and as a table of features?"""

@@ -1,0 +1,1 @@
+"""What is the idea? One file per self-supervised method; methods never import each other."""

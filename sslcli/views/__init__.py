@@ -1,0 +1,1 @@
+"""How is an image looked at? Description, host part, device part."""
