@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,7 +57,22 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        _hosts.cache_clear()
         td.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says yes; travels over the hosts, so that no device is waited for."""
+    if world() == 1:
+        return flag
+    vote = torch.tensor(int(flag))
+    td.all_reduce(vote, td.ReduceOp.MAX, group=_hosts())
+    return bool(vote)
+
+
+@cache
+def _hosts() -> Any:
+    return td.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def barrier() -> None:

@@ -75,6 +75,8 @@ class Run(Settings):
     """Arithmetic of the forward pass; when absent, bf16 on a GPU that has it and fp32 elsewhere."""
     clip: Positive | None = None
     """Largest norm of the whole gradient."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ from run to run on a GPU."""
     views: Literal["fast", "reference"] | None = None
     """Which reading of the views runs: batched on the device, or image by image with PIL; when absent, the faster one
     by a short measurement."""

@@ -1,0 +1,189 @@
+"""The state of a run on disk: plain tensors and data, written whole or not at all."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli import __version__
+from sslcli.config.presets import Keep
+from sslcli.errors import SslError, WeightsError
+
+FORMAT = 1
+State = dict[str, Any]
+
+
+def file_name(step: int) -> str:
+    """Name of the checkpoint after so many steps."""
+    return f"step_{step:08d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's file name."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint under a temporary name, then rename it: `path` holds the old file or the whole new one.
+
+    Raises:
+        SslError: the disk is full or the folder cannot be written; nothing that was there has changed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": __version__, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise SslError(
+            f"cannot write checkpoint `{path}`: {reason}",
+            hint="free some space, then run the same command again: earlier checkpoints are whole",
+        ) from error
+
+
+def read(path: Path) -> State:
+    """A checkpoint's content, on the CPU; no code from the file is run.
+
+    Raises:
+        WeightsError: the file is missing, cut short, not one of ours, or from a newer version.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no checkpoint `{path}`", hint="give a run folder or a file in its `checkpoints/`")
+    if not zipfile.is_zipfile(path):
+        raise WeightsError(
+            f"`{path}` is not a whole checkpoint: it was cut short, or is another kind of file",
+            hint="use an earlier file of the same folder",
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"cannot read checkpoint `{path}`: {reason}", hint="use an earlier file of the same folder"
+        ) from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise WeightsError(f"`{path}` is not a checkpoint of ssl")
+    if state["format"] != FORMAT:
+        raise WeightsError(
+            f"`{path}` has checkpoint format {state['format']}, written by ssl {state['version']}; "
+            f"this is ssl {__version__}, which reads format {FORMAT}",
+            hint=f"install ssl {state['version']}",
+        )
+    return state
+
+
+def all_in(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*.pt"), key=step_of)
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a run folder.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    found = all_in(run)
+    if not found:
+        raise WeightsError(f"no checkpoint in `{run}`", hint="the run has not written one yet, or this is no run folder")
+    return found[-1]
+
+
+def newest_whole(run: Path) -> tuple[Path, State, list[str]] | None:
+    """The newest checkpoint of a run folder that can be read, its content, and why newer ones could not; None if none is there.
+
+    Raises:
+        WeightsError: there are checkpoints, and not one of them can be read.
+    """
+    damaged: list[str] = []
+    for path in reversed(all_in(run)):
+        try:
+            return path, read(path), damaged
+        except WeightsError as error:
+            damaged.append(error.message)
+    if damaged:
+        raise WeightsError(
+            f"none of the checkpoints in `{run}` can be read; the newest: {damaged[0]}",
+            hint="start again in another folder with `--out`",
+        )
+    return None
+
+
+def to_host(value: Any) -> Any:
+    """A copy of nested state with every tensor on the CPU, safe to write while training goes on."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_host(item) for item in value]
+    return value
+
+
+class Store:
+    """Writes a run's checkpoints in the background and keeps the right ones."""
+
+    def __init__(self, run: Path, keep: Keep, steps_per_epoch: int) -> None:
+        self._folder = run / "checkpoints"
+        self._run = run
+        self._keep = keep
+        self._steps_per_epoch = steps_per_epoch
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: State) -> None:
+        """Copy the state and write it in the background; a failure of the previous write is raised here."""
+        self.wait()
+        self._pending = self._writer.submit(self._write, step, to_host(state))
+
+    def wait(self) -> None:
+        """Wait until the last write is on disk.
+
+        Raises:
+            SslError: it failed.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Finish writing."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _write(self, step: int, state: State) -> None:
+        path = self._folder / file_name(step)
+        write(path, state)
+        point_last_to(path)
+        for old in self._superfluous():
+            old.unlink(missing_ok=True)
+
+    def _superfluous(self) -> list[Path]:
+        older = all_in(self._run)[: -self._keep.last]
+        if self._keep.every_epochs is None:
+            return older
+        stride = self._keep.every_epochs * self._steps_per_epoch
+        return [path for path in older if step_of(path) % stride]
+
+
+def point_last_to(path: Path) -> None:
+    """Make `checkpoints/last` lead to this checkpoint."""
+    temporary = path.with_name(f".last.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(path.name)
+    temporary.replace(path.with_name("last"))

@@ -1,0 +1,101 @@
+"""Images on their way to the network: host batches made into device batches, with the waiting measured."""
+
+import time
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslcli.contracts import Batch, Progress
+from sslcli.data.loader import HostBatch, Loader
+
+
+class Views(Protocol):
+    """The reading of the views, as the feed uses it; `sslcli.views.CropViews` is one."""
+
+    def crop_batch(self, images: Tensor, index: np.ndarray, epoch: int) -> list[Tensor]:
+        """Crops of whole images of one size, batched."""
+        ...
+
+    def finish(self, crops: list[Tensor], index: np.ndarray, epoch: int) -> list[Tensor]:
+        """The device part: colours, blur, normalisation."""
+        ...
+
+
+class Feed:
+    """Batches of one rank, in order, on its device.
+
+    Where the loader's workers have cropped, only the device part is left; where the loader hands over whole images
+    (held in memory at one size), crops are batched too; in the reference reading nothing is left to do.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        views: Views,
+        *,
+        reading: Literal["fast", "reference"],
+        device: torch.device,
+        channels_last: bool,
+    ) -> None:
+        self.loader = loader
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.waited = 0.0
+        """Seconds spent waiting for the loader since it was last set to 0."""
+        self.skipped: dict[int, str] = {}
+        """Unreadable images met so far: index and reason."""
+        self._views = views
+        self._reading = reading
+        self._device = device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def epoch(self, at: Progress, weights: np.ndarray | None) -> Iterator[Batch]:
+        """The rest of the current epoch, from the step `at` stands at."""
+        host = self._timed(self.loader.epoch(at.epoch, at.step_in_epoch, weights))
+        made = (self._on_device(batch, at.epoch) for batch in host)
+        return made if self._copies is None else self._ahead(made)
+
+    def _timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            self.skipped.update(batch.skipped)
+            yield batch
+
+    @torch.no_grad()
+    def _on_device(self, host: HostBatch, epoch: int) -> Batch:
+        index = host.index.numpy()
+        if host.images is not None:
+            crops = self._views.crop_batch(host.images.to(self._device, non_blocking=True), index, epoch)
+        else:
+            crops = [view.to(self._device, non_blocking=True) for view in host.views]
+        views = crops if self._reading == "reference" else self._views.finish(crops, index, epoch)
+        return Batch(
+            views=[view.contiguous(memory_format=self._format) for view in views],
+            index=host.index.to(self._device, non_blocking=True),
+            labels=None if host.labels is None else host.labels.to(self._device, non_blocking=True),
+        )
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Prepare each batch on a stream of its own while the step before it runs."""
+        copies, done = self._copies, object()
+
+        def prepared() -> Batch | object:
+            with torch.cuda.stream(copies):
+                return next(batches, done)
+
+        coming = prepared()
+        while isinstance(coming, Batch):
+            now = torch.cuda.current_stream(self._device)
+            now.wait_stream(copies)  # type: ignore[arg-type]
+            for tensor in (*coming.views, coming.index, coming.labels):
+                if tensor is not None:
+                    tensor.record_stream(now)
+            ready, coming = coming, prepared()
+            yield ready

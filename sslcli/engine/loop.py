@@ -1,0 +1,231 @@
+"""The one loop: in what order does time pass?"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sslcli import dist
+from sslcli.config.presets import PretrainPreset
+from sslcli.config.schedule import factor
+from sslcli.contracts import Batch, Look, Method, Progress, StepResult
+from sslcli.engine.checkpoint import State, Store
+from sslcli.engine.feed import Feed
+from sslcli.engine.optim import set_lr
+from sslcli.engine.record import Note, Record
+from sslcli.errors import DivergedError, StoppedOnRequest
+from sslcli.seeds import seed_here
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The things a run moves: everything whose state a checkpoint holds."""
+
+    method: Method  # type: ignore[type-arg]
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    lr: float
+    """Effective base learning rate."""
+
+    def state(self) -> State:
+        """Everything that changes with time."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: State) -> None:
+        """Put everything back as it was."""
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def fit(
+    training: Training,
+    feed: Feed,
+    preset: PretrainPreset,
+    at: Progress,
+    *,
+    look: Look,
+    record: Record,
+    store: Store,
+    checkpoint: Callable[[Progress], State],
+    stop_asked: Callable[[], bool],
+) -> Progress:
+    """Train from `at` to the end.
+
+    Raises:
+        DivergedError: the loss or the gradient is not finite.
+        StoppedOnRequest: a signal asked to stop; a checkpoint has been written.
+    """
+    method, optimizer, run = training.method, training.optimizer, preset.run
+    every = max(1, round(run.checkpoints.every_epochs * feed.steps_per_epoch))
+    meter = Meter(preset.data.batch_size, record)
+    method.train()
+    while not at.done:
+        if at.starts_epoch:
+            method.before_epoch(at, look)
+        for batch in feed.epoch(at, method.sample_weights()):
+            lr = set_lr(optimizer, training.lr, factor(preset.schedule, at.step, at.total, at.steps_per_epoch))
+            result = accumulate(training, batch, at, preset)
+            method.before_update(at)
+            norm = clip(training, run.clip)
+            training.scaler.step(optimizer)
+            training.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(at)
+            at = at.next()
+            meter.add(at.step, result, norm if not training.scaler.is_enabled() else norm.nan_to_num(posinf=0.0))
+            if at.step % run.log_every == 0 or at.done:
+                record.note(meter.note(at, lr, feed), at)
+            stopping = dist.any_rank(stop_asked())
+            if at.step % every == 0 or at.done or stopping:
+                meter.check(at)
+                if dist.is_main():
+                    store.save(at.step, checkpoint(at))
+            if stopping and not at.done:
+                store.wait()
+                record.status("stopped", at, "stopped on request")
+                raise StoppedOnRequest(
+                    f"stopped on request at step {at.step}; the checkpoint is written",
+                    hint=f"continue with `ssl resume {record.folder}`",
+                )
+            if at.done:
+                break
+    store.wait()
+    return at
+
+
+def accumulate(training: Training, batch: Batch, at: Progress, preset: PretrainPreset) -> StepResult:
+    """Forward and backward over the slices of a batch; gradients are averaged over slices and ranks."""
+    parts = preset.run.accumulate
+    results: list[StepResult] = []
+    for number, part in enumerate(slices(batch, parts)):
+        seed_here(preset.seed, "step", at.step, number, dist.rank())
+        last = number == parts - 1
+        with dist.sync_if(training.wrapped, last):
+            with autocast(preset, batch.index.device):
+                result: StepResult = training.wrapped(part, at.at_part(number))
+            training.scaler.scale(result.loss / parts).backward()
+        results.append(replace(result, loss=result.loss.detach()))
+    if parts == 1:
+        return results[0]
+    loss = torch.stack([result.loss for result in results]).mean()
+    names = results[0].scalars
+    return StepResult(loss, {name: torch.stack([r.scalars[name] for r in results]).mean() for name in names})
+
+
+def slices(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch cut into equal slices of its rows."""
+    if parts == 1:
+        yield batch
+        return
+    rows = batch.index.shape[0] // parts
+    for number in range(parts):
+        cut = slice(number * rows, (number + 1) * rows)
+        yield Batch(
+            views=[view[cut] for view in batch.views],
+            index=batch.index[cut],
+            labels=None if batch.labels is None else batch.labels[cut],
+            masks=None if batch.masks is None else batch.masks[cut],
+            targets=[target[cut] for target in batch.targets],
+        )
+
+
+def autocast(preset: PretrainPreset, device: torch.device) -> torch.autocast:
+    """Mixed precision of the forward pass."""
+    dtype = DTYPES.get(preset.run.precision or "fp32")
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def clip(training: Training, limit: float | None) -> Tensor:
+    """Norm of the whole gradient, after unscaling; the gradient is scaled down to `limit` if it is longer."""
+    training.scaler.unscale_(training.optimizer)
+    grads = [p.grad for group in training.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if limit is not None:
+        parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+class Meter:
+    """Sums of metrics that stay on the device until they are asked for."""
+
+    def __init__(self, batch_size: int, record: Record) -> None:
+        self._batch_size = batch_size
+        self._record = record
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._bad: Tensor | None = None
+        self._began = time.perf_counter()
+
+    def add(self, step: int, result: StepResult, grad_norm: Tensor) -> None:
+        """Take in one step, without waiting for it."""
+        values = {"loss": result.loss.detach(), "grad_norm": grad_norm.detach(), **result.scalars}
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+        wrong = ~torch.isfinite(values["loss"]) | ~torch.isfinite(values["grad_norm"])
+        first = torch.where(wrong, float(step), torch.inf)
+        self._bad = first if self._bad is None else torch.minimum(self._bad, first)
+
+    def note(self, at: Progress, lr: float, feed: Feed) -> Note:
+        """Averages since the last note, over ranks; waits for the device once.
+
+        Raises:
+            DivergedError: a loss or gradient since the last note was not finite.
+        """
+        self.check(at)
+        names = list(self._sums)
+        means = dist.mean(torch.stack([self._sums[name] for name in names]) / self._steps).tolist()
+        values: Mapping[str, float] = dict(zip(names, means, strict=True))
+        seconds = time.perf_counter() - self._began
+        note = Note(
+            step=at.step,
+            epoch=round(at.step / at.steps_per_epoch, 4),
+            loss=values["loss"],
+            lr=lr,
+            grad_norm=values["grad_norm"],
+            images_per_second=self._steps * self._batch_size / seconds,
+            data_wait=min(1.0, feed.waited / seconds),
+            memory_gb=memory_gb(),
+            scalars={name: value for name, value in values.items() if name not in ("loss", "grad_norm")},
+        )
+        self._sums, self._steps, self._began, feed.waited = {}, 0, time.perf_counter(), 0.0
+        return note
+
+    def check(self, at: Progress) -> None:
+        """Stop before a broken state is written or reported as progress.
+
+        Raises:
+            DivergedError: a loss or gradient since the last check was not finite, on any rank.
+        """
+        first = torch.inf if self._bad is None else float(self._bad)
+        self._bad = None
+        found = [(step, rank) for rank, step in enumerate(dist.gather_objects(first)) if step != torch.inf]
+        if found:
+            step, rank = min(found)
+            self._record.status("failed", at, "diverged")
+            raise DivergedError(
+                f"the loss or its gradient is not finite at step {int(step)} (rank {rank})",
+                hint=f"the last good checkpoint is in `{self._record.folder / 'checkpoints'}`; "
+                "try a lower `optim.lr`, a longer `schedule.warmup`, or `run.precision=fp32`",
+            )
+
+
+def memory_gb() -> float:
+    """Most device memory used so far, or this process's memory on a CPU, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
