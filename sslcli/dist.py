@@ -1,7 +1,7 @@
 """Who else is here? The only user of `torch.distributed`; every function also works alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
@@ -124,16 +124,42 @@ def gather_with_grad(x: Tensor) -> Tensor:
     return _GatherWithGrad.apply(x) if world() > 1 else x
 
 
-def sum_(x: Tensor) -> Tensor:
-    """Sum over ranks, in place, without gradient."""
+def sum_(x: Tensor, group: Any = None) -> Tensor:
+    """Sum over ranks (or over those of a `group_of`), in place, without gradient."""
     if world() > 1:
-        td.all_reduce(x)
+        td.all_reduce(x, group=group)
     return x
+
+
+class _SumWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return sum_(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return sum_(grads[0].clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+def sum_with_grad(x: Tensor, group: Any = None) -> Tensor:
+    """Sum over ranks; backward sums the gradient that every rank's loss sends to the sum."""
+    summed: Tensor = _SumWithGrad.apply(x, group) if world() > 1 else x
+    return summed
 
 
 def mean(x: Tensor) -> Tensor:
     """Mean over ranks of a detached copy."""
     return sum_(x.detach().clone()) / world()
+
+
+def mean_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one type by their mean over ranks, all in one exchange, without gradient."""
+    if world() == 1 or not tensors:
+        return
+    flat = sum_(torch.cat([x.detach().flatten() for x in tensors])) / world()
+    for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.detach().copy_(part.view_as(x))
 
 
 def broadcast(x: Tensor) -> Tensor:

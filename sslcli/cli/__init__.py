@@ -34,7 +34,7 @@ def _root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere in the command.")] = False,
 ) -> None:
-    """Self-supervised visual representation learning. (Not the TLS library.)"""
+    """Self-supervised visual representation learning; not the TLS library."""
 
 
 app.command("pretrain")(pretrain.pretrain)

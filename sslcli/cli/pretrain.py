@@ -130,14 +130,15 @@ def _check_before_launch(
 ) -> None:
     """Find a user's mistake before many processes do."""
     from sslcli.data import open_source
-    from sslcli.engine import pretrain as job
+    from sslcli.engine.plan import check_batch
+    from sslcli.engine.resume import found_in, same_experiment, writable
 
-    found = job.found_in(folder, resume)
-    job.writable(folder)
+    found = found_in(folder, resume)
+    writable(folder)
     source = open_source(preset.data.source)
     if found is not None:
-        job.same_experiment(found[1], preset, source, folder)
-    job.check_batch(preset, len(source), ranks)
+        same_experiment(found[1], preset, source, folder)
+    check_batch(preset, len(source), ranks)
 
 
 def _start_weights(init_from: str | None) -> "dict[str, Tensor] | None":
@@ -150,11 +151,11 @@ def _start_weights(init_from: str | None) -> "dict[str, Tensor] | None":
 
 
 def _dry_run(preset: "PretrainPreset", gpus: int | None) -> None:
-    from sslcli.engine import pretrain as job
     from sslcli.engine.machine import check_devices
+    from sslcli.engine.plan import dry_run
 
     check_devices(gpus)
-    for name, value in job.dry_run(preset):
+    for name, value in dry_run(preset):
         print(f"{name:<14} {value}")
     print("nothing was written; leave out `--dry-run` to start", file=sys.stderr)
 

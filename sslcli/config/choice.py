@@ -9,13 +9,15 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import BeforeValidator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from sslcli.errors import PresetError
 
@@ -27,61 +29,99 @@ def members(package: str) -> list[str]:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The closest of `words`, if any is close."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return close[0] if close else None
+    """The closest of `words`, if any is close or begins like it."""
+    known = list(words)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return close[0] if close else next((other for other in known if word and other.startswith(word)), None)
+
+
+def none_such(name: str, names: Iterable[str]) -> str:
+    """What to say of a name that is not among `names`: the nearest, or all there are."""
+    known = list(names)
+    close = nearest(name, known)
+    if close:
+        return f"no `{name}`; did you mean `{close}`?"
+    return f"no `{name}`; there is {', '.join(f'`{word}`' for word in known) or 'nothing to choose from'}"
 
 
 def module(package: str, name: str) -> ModuleType:
     """The module that `name` means: a member of `package`, a dotted module of the user's, or a path to a `.py` file.
 
     Raises:
-        PresetError: there is no such member; the message offers the nearest.
+        PresetError: there is no such member (the message offers the nearest), or it cannot be imported.
     """
     if name.endswith(".py"):
         return _from_file(Path(name))
-    if "." in name:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise PresetError(f"cannot import `{name}`: {error}") from None
     names = members(package)
-    if name not in names:
-        close = nearest(name, names)
-        advice = f"; did you mean `{close}`?" if close else f"; there is {', '.join(names)}"
-        raise PresetError(f"no `{name}`{advice}")
-    return importlib.import_module(f"{package}.{name}")
+    dotted = "." in name and all(part.isidentifier() for part in name.split("."))
+    if not dotted and name not in names:
+        raise PresetError(none_such(name, names))
+    try:
+        return importlib.import_module(name if dotted else f"{package}.{name}")
+    except ImportError as error:
+        raise PresetError(f"cannot import `{name}`: {error}") from error
 
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise PresetError(f"no file `{path}`")
-    name = f"ssl_user_{path.stem}"
+    # The path is part of the name, so that two files of the same name in two folders stay apart.
+    name = f"ssl_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PresetError(f"`{path}` is not a Python file")
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[name] = loaded
-    spec.loader.exec_module(loaded)
+    try:
+        spec.loader.exec_module(loaded)
+    except (ImportError, SyntaxError) as error:
+        del sys.modules[name]
+        raise PresetError(f"cannot import `{path}`: {error}") from error
+    except BaseException:
+        del sys.modules[name]
+        raise
     return loaded
 
 
-def chosen_from(package: str) -> BeforeValidator:
-    """Validator for a field whose mapping names a member of `package`: it becomes that member's `Config`."""
+def config_of(package: str, name: str) -> type[BaseModel]:
+    """The `Config` that the module called `name` exports.
 
-    def choose(value: Any) -> Any:
+    Raises:
+        PresetError: there is no such module, or it exports no `Config`.
+    """
+    found = vars(module(package, name)).get("Config")
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        raise PresetError(f"`{name}` exports no `Config`")
+    return found
+
+
+@dataclass(frozen=True)
+class ChosenFrom:
+    """Marks a field whose mapping names a member of `package`: it is validated by that member's `Config`."""
+
+    package: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._choose, handler(source))
+
+    def _choose(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         if "name" not in value:
             raise PydanticCustomError("name_missing", "say which one with `name`: {names}",
-                                      {"names": ", ".join(members(package))})  # fmt: skip
+                                      {"names": ", ".join(members(self.package))})  # fmt: skip
         try:
-            config = module(package, str(value["name"])).Config
+            config = config_of(self.package, str(value["name"]))
         except PresetError as error:
             raise PydanticCustomError("no_such_name", "{reason}", {"reason": error.message}) from None
         return config.model_validate(value)
 
-    return BeforeValidator(choose)
+
+def chosen_from(package: str) -> ChosenFrom:
+    """Annotation of a field whose mapping names a member of `package`: it becomes that member's `Config`."""
+    return ChosenFrom(package)
 
 
 def build(package: str, config: Any) -> Callable[..., Any]:

@@ -43,6 +43,10 @@ class ParamRule(Settings):
             raise ValueError("select parameters either with `match` or with `one_dim: true`")
         return self
 
+    def selects(self, name: str, dimensions: int) -> bool:
+        """Whether the rule is about a parameter of this name and number of dimensions."""
+        return dimensions <= 1 if self.match is None else re.search(self.match, name) is not None
+
 
 class _Optim(Settings):
     lr: Positive
@@ -68,6 +72,12 @@ class Sgd(_Optim):
     weight_decay: NonNegative = 0.0
     """L2 penalty added to the gradient."""
 
+    @model_validator(mode="after")
+    def _looks_ahead_with_momentum(self) -> "Sgd":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` needs a `momentum` above 0")
+        return self
+
 
 class Lars(_Optim):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888)."""
@@ -81,10 +91,10 @@ class Lars(_Optim):
     """L2 penalty added to the gradient before scaling."""
     eta: Positive = 0.001
     """Trust coefficient."""
-    variant: Literal["lr_inside", "lr_outside", "larc"] = "lr_outside"
-    """`lr_inside`: the rate sits inside the momentum buffer, ratio by |g| + wd|w| (MMSelfSup). `lr_outside`: ratio by
-    |g + wd w|, rate applied outside the buffer (Barlow Twins, MoCo v3, BYOL). `larc`: gradient scaled, then plain SGD
-    (apex LARC without clipping; SwAV)."""
+    variant: Literal["lr_inside", "google", "lr_outside", "larc"] = "lr_outside"
+    """`lr_inside`: ratio by |g| + wd|w|, the rate sits inside the momentum buffer (MMSelfSup). `google`: ratio by
+    |g + wd w|, rate inside the buffer (SimCLR). `lr_outside`: ratio by |g + wd w|, rate applied outside the buffer
+    (Barlow Twins, MoCo v3, BYOL). `larc`: gradient scaled, then plain SGD (apex LARC without clipping; SwAV)."""
 
 
 class AdamW(_Optim):
@@ -99,4 +109,16 @@ class AdamW(_Optim):
     """Decoupled weight decay."""
 
 
-AnyOptim = Annotated[Sgd | Lars | AdamW, Field(discriminator="name")]
+class Lamb(_Optim):
+    """Adam with steps scaled layer by layer (You et al. 2020, arXiv:1904.00962), as timm has it."""
+
+    name: Literal["lamb"] = "lamb"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of the two moment averages."""
+    eps: Positive = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.01
+    """Weight decay added to the update before scaling; parameters without any are not scaled."""
+
+
+AnyOptim = Annotated[Sgd | Lars | AdamW | Lamb, Field(discriminator="name")]

@@ -55,6 +55,8 @@ class Checkpoints(Settings):
 
     every_epochs: Positive = 1.0
     """Epochs between checkpoints; one is always written at the end."""
+    every_steps: Count | None = None
+    """Steps between checkpoints; replaces `every_epochs`."""
     keep: Keep = Keep()
     """Which ones stay."""
 
@@ -75,6 +77,10 @@ class Run(Settings):
     """Arithmetic of the forward pass; when absent, bf16 on a GPU that has it and fp32 elsewhere."""
     clip: Positive | None = None
     """Largest norm of the whole gradient."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose gradient is not finite stops the run, or is left out: the optimiser does not move."""
+    skip_limit: Count = 10
+    """Under `skip`, stop all the same after so many such steps in a row."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run on a GPU."""
     views: Literal["fast", "reference"] | None = None

@@ -1,10 +1,28 @@
 """From words to things: the method and its backbone that a preset describes."""
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
 from sslcli import dist
 from sslcli.config import choice
 from sslcli.config.presets import PretrainPreset
-from sslcli.contracts import Backbone, Method, RunFacts
-from sslcli.seeds import seed_here
+from sslcli.config.views import eval_view_for
+from sslcli.contracts import Backbone, Look, Method, RunFacts
+from sslcli.data.loader import Loader, LookAt
+from sslcli.data.source import U8, Source, UnreadableImage
+from sslcli.engine import loop, optim
+from sslcli.engine.feed import Feed
+from sslcli.engine.look import features_of
+from sslcli.errors import DataError
+from sslcli.nn.norm import group_batch_norm
+from sslcli.seeds import seed_here, seed_of
+from sslcli.views import CropViews, build_eval
 
 
 def facts_of(preset: PretrainPreset, *, images: int, steps_per_epoch: int) -> RunFacts:
@@ -20,11 +38,11 @@ def facts_of(preset: PretrainPreset, *, images: int, steps_per_epoch: int) -> Ru
     )
 
 
-def method_of(preset: PretrainPreset, facts: RunFacts) -> Method:
+def method_of(preset: PretrainPreset, facts: RunFacts) -> Method[Any]:
     """The method with freshly initialised weights: equal on all ranks, a function of the preset's seed alone."""
     seed_here(preset.seed, "init")
     backbone: Backbone = choice.build("sslcli.backbones", preset.backbone)(preset.backbone)
-    method: Method = choice.build("sslcli.methods", preset.method)(preset.method, backbone, facts)
+    method: Method[Any] = choice.build("sslcli.methods", preset.method)(preset.method, backbone, facts)
     method.copy_student()
     return method
 
@@ -32,3 +50,130 @@ def method_of(preset: PretrainPreset, facts: RunFacts) -> Method:
 def images_per_rank(preset: PretrainPreset) -> int:
     """Images in one forward pass of one rank."""
     return preset.data.batch_size // (dist.world() * preset.run.accumulate)
+
+
+def faster_reading(source: Source, views: CropViews, batch_size: int) -> Literal["fast", "reference"]:
+    """Which reading of the views costs less here, measured on a small batch; rank 0 decides for all ranks.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    if dist.device().type == "cuda":  # there the device part leaves the CPU
+        return "fast"
+    images = first_readable(source, min(batch_size, 64))
+    numbers = np.arange(len(images))
+
+    def fast() -> None:
+        if source.resident() is not None:
+            crops = views.crop_batch(torch.from_numpy(np.stack(images)), numbers, 0)
+        else:
+            each = [views.crop(image, index, 0) for index, image in enumerate(images)]
+            crops = [torch.from_numpy(np.stack(view)) for view in zip(*each, strict=True)]
+        views.finish(crops, numbers, 0)
+
+    def reference() -> None:
+        for index, image in enumerate(images):
+            views.reference(image, index, 0)
+
+    fast()  # the first call pays for allocations
+    chosen: Literal["fast", "reference"] = "fast" if seconds_of(fast) <= seconds_of(reference) else "reference"
+    answer: Literal["fast", "reference"] = dist.broadcast_object(chosen)
+    return answer
+
+
+def first_readable(source: Source, count: int) -> list[U8]:
+    """Up to so many images from the beginning of a source.
+
+    Raises:
+        DataError: none of the first thousand can be read.
+    """
+    found: list[U8] = []
+    for index in range(min(len(source), 1000 + count)):
+        with suppress(UnreadableImage):
+            found.append(source.read(index))
+        if len(found) == count:
+            break
+    if not found:
+        raise DataError(
+            f"none of the first {min(len(source), 1000)} images can be read; the first is `{source.name(0)}`",
+            hint="point `--data` at readable images",
+        )
+    return found
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """Processor time of the cheaper of two calls."""
+    spent = []
+    for _ in range(2):
+        begun = time.process_time()
+        work()
+        spent.append(time.process_time() - begun)
+    return min(spent)
+
+
+def loader_of(preset: PretrainPreset, source: Source, views: CropViews) -> Loader:
+    """The loader that a resolved preset describes."""
+    look: LookAt = views.reference if preset.run.views == "reference" else views.crop
+    resident = source.resident() is not None and preset.run.views == "fast"
+    return Loader(
+        source,
+        batch_size=preset.data.batch_size,
+        seed=seed_of(preset.seed, "data"),
+        look=None if resident else look,
+        workers=preset.data.workers or 0,
+        drop_last=preset.data.drop_last,
+        fraction=preset.data.fraction,
+        rank=dist.rank(),
+        world=dist.world(),
+        pin=dist.device().type == "cuda",
+    )
+
+
+def feed_of(loader: Loader, views: CropViews, preset: PretrainPreset) -> Feed:
+    """Device batches of a resolved preset."""
+    return Feed(
+        loader,
+        views,
+        reading=preset.run.views or "fast",
+        device=dist.device(),
+        channels_last=preset.run.channels_last,
+    )
+
+
+def training_of(method: Method[Any], preset: PretrainPreset) -> tuple[loop.Training, str]:
+    """Method, optimiser and scaler on this rank's device, and the printed table of parameter groups."""
+    device = dist.device()
+    group_batch_norm(method, local=images_per_rank(preset), group=preset.run.batch_norm)
+    method.to(device)
+    if preset.run.channels_last:
+        method.to(memory_format=torch.channels_last)
+    lr = preset.optim.effective_lr(preset.data.batch_size)
+    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    groups = optim.param_groups(named, preset.optim, [*method.param_rules(), *preset.optim.rules])
+    text = optim.table(groups)
+    optimizer = optim.make_optimizer(groups, preset.optim, lr, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=preset.run.precision == "fp16")
+    return loop.Training(method, dist.wrap(method), optimizer, scaler, lr), text
+
+
+def look_of(method: Method[Any], source: Source, preset: PretrainPreset) -> Look:
+    """One un-augmented pass over all images, as clustering methods want it; unreadable images get a row of zeros."""
+    view = build_eval(eval_view_for(preset.views))
+
+    def look(features: Callable[[Tensor], Tensor]) -> Tensor:
+        method.eval()
+        found = features_of(
+            lambda images: {"rows": features(images)},
+            source,
+            view,
+            batch_size=images_per_rank(preset),
+            workers=preset.data.workers or 0,
+            device=dist.device(),
+            network=method,
+        )
+        method.train()
+        rows = torch.zeros(len(source), found.rows["rows"].shape[1])
+        rows[torch.from_numpy(found.kept)] = torch.from_numpy(found.rows["rows"])
+        return rows
+
+    return look

@@ -98,12 +98,14 @@ def newest(run: Path) -> Path:
     """
     found = all_in(run)
     if not found:
-        raise WeightsError(f"no checkpoint in `{run}`", hint="the run has not written one yet, or this is no run folder")
+        raise WeightsError(
+            f"no checkpoint in `{run}`", hint="the run has not written one yet, or this is no run folder"
+        )
     return found[-1]
 
 
 def newest_whole(run: Path) -> tuple[Path, State, list[str]] | None:
-    """The newest checkpoint of a run folder that can be read, its content, and why newer ones could not; None if none is there.
+    """The newest readable checkpoint of a run folder, its content, and what is wrong with newer ones; None without any.
 
     Raises:
         WeightsError: there are checkpoints, and not one of them can be read.

@@ -1,4 +1,4 @@
-"""Many processes from one command: torchrun's elastic launcher, called in-process so that exit codes keep their meaning."""
+"""Many processes from one command: torchrun's elastic launcher, called so that exit codes keep their meaning."""
 
 import logging
 import os

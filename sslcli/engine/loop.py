@@ -1,7 +1,7 @@
 """The one loop: in what order does time pass?"""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from sslcli.engine.feed import Feed
 from sslcli.engine.optim import set_lr
 from sslcli.engine.record import Note, Record
 from sslcli.errors import DivergedError, StoppedOnRequest
+from sslcli.nn.norm import average_statistics_
 from sslcli.seeds import seed_here
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,24 +66,17 @@ def fit(
         DivergedError: the loss or the gradient is not finite.
         StoppedOnRequest: a signal asked to stop; a checkpoint has been written.
     """
-    method, optimizer, run = training.method, training.optimizer, preset.run
-    every = max(1, round(run.checkpoints.every_epochs * feed.steps_per_epoch))
-    meter = Meter(preset.data.batch_size, record)
+    method, run = training.method, preset.run
+    every = run.checkpoints.every_steps or max(1, round(run.checkpoints.every_epochs * feed.steps_per_epoch))
+    meter = Meter(preset.data.batch_size, record, tolerated=run.skip_limit if run.on_nonfinite == "skip" else 0)
     method.train()
     while not at.done:
         if at.starts_epoch:
             method.before_epoch(at, look)
         for batch in feed.epoch(at, method.sample_weights()):
-            lr = set_lr(optimizer, training.lr, factor(preset.schedule, at.step, at.total, at.steps_per_epoch))
-            result = accumulate(training, batch, at, preset)
-            method.before_update(at)
-            norm = clip(training, run.clip)
-            training.scaler.step(optimizer)
-            training.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            method.after_step(at)
+            result, norm, lr = step(training, batch, at, preset)
             at = at.next()
-            meter.add(at.step, result, norm if not training.scaler.is_enabled() else norm.nan_to_num(posinf=0.0))
+            meter.add(at.step, result, norm)
             if at.step % run.log_every == 0 or at.done:
                 record.note(meter.note(at, lr, feed), at)
             stopping = dist.any_rank(stop_asked())
@@ -101,6 +95,25 @@ def fit(
                 break
     store.wait()
     return at
+
+
+def step(training: Training, batch: Batch, at: Progress, preset: PretrainPreset) -> tuple[StepResult, Tensor, float]:
+    """One optimiser update: its loss, the norm of its gradient, its learning rate."""
+    method, optimizer, scaler = training.method, training.optimizer, training.scaler
+    lr = set_lr(optimizer, training.lr, factor(preset.schedule, at.step, at.total, at.steps_per_epoch))
+    result = accumulate(training, batch, at, preset)
+    method.before_update(at)
+    norm = clip(training, preset.run.clip)
+    if preset.run.on_nonfinite == "skip":
+        leave_out(optimizer, ~torch.isfinite(norm))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    method.after_step(at)
+    average_statistics_(method)
+    if scaler.is_enabled():  # an overflow is the scaler's affair: it lowers the scale and skips the step
+        norm = norm.nan_to_num(posinf=0.0)
+    return result, norm, lr
 
 
 def accumulate(training: Training, batch: Batch, at: Progress, preset: PretrainPreset) -> StepResult:
@@ -156,38 +169,58 @@ def clip(training: Training, limit: float | None) -> Tensor:
     return norm
 
 
+def leave_out(optimizer: torch.optim.Optimizer, when: Tensor) -> None:
+    """Make the next optimiser step do nothing if `when` (a scalar on the device), without waiting for the answer.
+
+    The fused optimisers and ours look at `found_inf`, the door that gradient scaling uses.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, when.float()  # type: ignore[attr-defined]
+
+
 class Meter:
     """Sums of metrics that stay on the device until they are asked for."""
 
-    def __init__(self, batch_size: int, record: Record) -> None:
+    def __init__(self, batch_size: int, record: Record, *, tolerated: int = 0) -> None:
         self._batch_size = batch_size
         self._record = record
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-        self._bad: Tensor | None = None
+        self._tolerated = tolerated
         self._began = time.perf_counter()
+        self._clear()
+        self._in_a_row: Tensor | float = 0.0
+
+    def _clear(self) -> None:
+        self._steps = 0
+        self._good: Tensor | float = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._bad: Tensor | None = None
 
     def add(self, step: int, result: StepResult, grad_norm: Tensor) -> None:
         """Take in one step, without waiting for it."""
         values = {"loss": result.loss.detach(), "grad_norm": grad_norm.detach(), **result.scalars}
+        wrong = ~(torch.isfinite(values["loss"]) & torch.isfinite(values["grad_norm"]))
         for name, value in values.items():
-            value = value.detach().float()
+            value = torch.where(wrong, 0.0, value.detach().float())
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
-        wrong = ~torch.isfinite(values["loss"]) | ~torch.isfinite(values["grad_norm"])
-        first = torch.where(wrong, float(step), torch.inf)
+        self._good = self._good + (~wrong).float()
+        self._in_a_row = torch.where(wrong, self._in_a_row + 1.0, 0.0)
+        first = torch.where(self._in_a_row > self._tolerated, float(step), torch.inf)
         self._bad = first if self._bad is None else torch.minimum(self._bad, first)
 
     def note(self, at: Progress, lr: float, feed: Feed) -> Note:
         """Averages since the last note, over ranks; waits for the device once.
 
         Raises:
-            DivergedError: a loss or gradient since the last note was not finite.
+            DivergedError: see `check`.
         """
         self.check(at)
         names = list(self._sums)
-        means = dist.mean(torch.stack([self._sums[name] for name in names]) / self._steps).tolist()
-        values: Mapping[str, float] = dict(zip(names, means, strict=True))
+        sums = torch.stack([*(self._sums[name] for name in names), torch.as_tensor(self._good)])
+        *totals, good = dist.mean(sums).tolist()
+        values = {name: total / max(good, 1.0) for name, total in zip(names, totals, strict=True)}
+        scalars = {name: value for name, value in values.items() if name not in ("loss", "grad_norm")}
+        if good < self._steps:
+            scalars["left_out"] = self._steps - good
         seconds = time.perf_counter() - self._began
         note = Note(
             step=at.step,
@@ -198,25 +231,26 @@ class Meter:
             images_per_second=self._steps * self._batch_size / seconds,
             data_wait=min(1.0, feed.waited / seconds),
             memory_gb=memory_gb(),
-            scalars={name: value for name, value in values.items() if name not in ("loss", "grad_norm")},
+            scalars=scalars,
         )
-        self._sums, self._steps, self._began, feed.waited = {}, 0, time.perf_counter(), 0.0
+        self._clear()
+        self._began, feed.waited = time.perf_counter(), 0.0
         return note
 
     def check(self, at: Progress) -> None:
         """Stop before a broken state is written or reported as progress.
 
         Raises:
-            DivergedError: a loss or gradient since the last check was not finite, on any rank.
+            DivergedError: on some rank, more steps in a row than tolerated had a loss or gradient that is not finite.
         """
         first = torch.inf if self._bad is None else float(self._bad)
-        self._bad = None
         found = [(step, rank) for rank, step in enumerate(dist.gather_objects(first)) if step != torch.inf]
         if found:
             step, rank = min(found)
-            self._record.status("failed", at, "diverged")
+            message = f"the loss or its gradient is not finite at step {int(step)} (rank {rank})"
+            self._record.status("failed", at, message)
             raise DivergedError(
-                f"the loss or its gradient is not finite at step {int(step)} (rank {rank})",
+                message,
                 hint=f"the last good checkpoint is in `{self._record.folder / 'checkpoints'}`; "
                 "try a lower `optim.lr`, a longer `schedule.warmup`, or `run.precision=fp32`",
             )

@@ -68,12 +68,14 @@ class Record:
     def __init__(
         self,
         folder: Path,
+        batch_size: int,
         watcher: Watcher,
         *,
         draw: Callable[[Path], None] | None = None,
         tensorboard: bool = True,
     ) -> None:
         self.folder = folder
+        self._batch_size = batch_size
         self._watcher = watcher if dist.is_main() else Silent()
         self._draw = draw if dist.is_main() else None
         self._tensorboard = tensorboard and dist.is_main()
@@ -94,9 +96,7 @@ class Record:
         if self._tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._events = SummaryWriter(  # type: ignore[no-untyped-call]
-                self.folder / "tensorboard", purge_step=at.step + 1
-            )
+            self._events = SummaryWriter(self.folder / "tensorboard", purge_step=at.step + 1)
         self.status("running", at)
 
     def say(self, text: str) -> None:
@@ -110,7 +110,7 @@ class Record:
         """Metrics of the last few steps."""
         if not dist.is_main():
             return
-        eta = (at.total - at.step) * self._seconds_per_step(note, at)
+        eta = (at.total - at.step) * self._batch_size / note.images_per_second
         row = {**asdict(note), **note.scalars, "time": _now()}
         del row["scalars"]
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -147,11 +147,13 @@ class Record:
         write_text(self.folder / "status.json", json.dumps(known, indent=2) + "\n")
 
     def skipped(self, found: Mapping[int, str], names: Callable[[int], str]) -> None:
-        """Rewrite the list of unreadable images."""
+        """Write the list of unreadable images that any rank met, and say so."""
         rows = dist.gather_objects({index: f"{names(index)}\t{reason}" for index, reason in found.items()})
         merged = {index: row for part in rows for index, row in part.items()}
         if dist.is_main() and merged:
-            write_text(self.folder / "skipped.txt", "".join(f"{merged[i]}\n" for i in sorted(merged)))
+            path = self.folder / "skipped.txt"
+            write_text(path, "".join(f"{merged[i]}\n" for i in sorted(merged)))
+            self.say(f"warning: {len(merged)} unreadable images were replaced by others; `{path}` names them")
 
     def close(self) -> None:
         """Finish the event files and the curves."""
@@ -167,11 +169,6 @@ class Record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _seconds_per_step(self, note: Note, at: Progress) -> float:
-        return self.batch_size / note.images_per_second if note.images_per_second else 0.0
-
-    batch_size: int = 1
 
 
 def line_of(note: Note, at: Progress, eta: float) -> str:

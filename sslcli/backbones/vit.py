@@ -1,0 +1,187 @@
+"""Vision transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929).
+
+Built by timm under timm's names, with the fixed positions, frozen patch projection and initialisations that
+self-supervised methods give it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, final
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from sslcli.config.base import BackboneConfig
+from sslcli.config.types import Count, Fraction
+from sslcli.contracts import Backbone
+from sslcli.errors import UserError
+from sslcli.nn.positions import sincos_positions
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer as Trunk
+
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+"""Width, blocks and attention heads (Touvron et al. 2021, table 1; Dosovitskiy et al. 2021, table 1)."""
+
+
+class Config(BackboneConfig):
+    """Vision transformer with a class token."""
+
+    name: Literal["vit"] = "vit"
+    size: Literal["tiny", "small", "base", "large"] = "small"
+    """Width, blocks and heads: 192, 12, 3; 384, 12, 6; 768, 12, 12; 1024, 24, 16."""
+    heads: Count | None = None
+    """Attention heads, where they differ from the size's (MoCo v3 gives `small` 12)."""
+    depth: Count | None = None
+    """Blocks, where they differ from the size's."""
+    patch: Count = 16
+    """Side of a patch in pixels."""
+    image_size: Count = 224
+    """Side in pixels of the images that the positions are made for; for others they are interpolated."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """Position embeddings: learned, or fixed sines and cosines."""
+    sincos_first: Literal["row", "column"] = "row"
+    """Coordinate in the first half of fixed positions: `row` in MoCo v3 and MMSelfSup, `column` in MAE."""
+    init: Literal["normal", "mae", "mocov3"] = "normal"
+    """Initial weights. `normal`: normal of 0.02 (DeiT, DINO). `mae`: Xavier uniform, class token normal of
+    0.02. `mocov3`: Xavier uniform with queries, keys and values as three matrices, class token almost 0."""
+    freeze_patch_embed: bool = False
+    """Leave the patch projection as it starts (MoCo v3, section 4.3): steadier training."""
+    pool: Literal["cls", "mean"] = "cls"
+    """The pooled feature: the class token, or the mean of the patch tokens, after the last norm."""
+    drop_path: Fraction = 0.0
+    """Probability of skipping the last block's branches while training; earlier blocks linearly less."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Width, blocks and heads."""
+        width, depth, heads = SIZES[self.size]
+        return width, self.depth or depth, self.heads or heads
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Config":
+        width, _, heads = self.shape
+        if width % heads:
+            raise ValueError(f"`heads` must divide the width {width} (got {heads})")
+        if self.image_size % self.patch:
+            raise ValueError(f"`patch` must divide `image_size` (got {self.patch} and {self.image_size})")
+        return self
+
+
+@final
+class ViT(Backbone):
+    """Patches and a class token through transformer blocks, then a layer norm."""
+
+    trunk: "Trunk"
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        width, depth, heads = cfg.shape
+        self.trunk = vit_trunk(width, depth, heads, cfg.patch, cfg.image_size, cfg.drop_path)
+        init_(self.trunk, cfg.init)
+        if cfg.positions == "sincos":
+            fix_positions_(self.trunk, cfg.sincos_first)
+        if cfg.freeze_patch_embed:
+            self.trunk.patch_embed.requires_grad_(False)
+        self.dim = width
+        self.pool = cfg.pool
+        self.patch = cfg.patch
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Class token, then patch tokens in row-major order, after the last norm: (B, 1 + N, dim)."""
+        self._fits(images)
+        return self.trunk.forward_features(images)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Patch tokens (B, dim, h, w) after the last norm."""
+        return self._as_maps(self.tokens(images), images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class token or mean patch token (B, dim) after the last norm."""
+        return self._pooled(self.tokens(images))
+
+    def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Patch tokens (B, dim, h, w) after a block, before any final norm, or `pooled`.
+
+        Raises:
+            UserError: there is no place of that name.
+        """
+        for name in names:
+            if name not in self.tap_names():
+                raise UserError(f"the network has no tap `{name}`", hint=f"there is {', '.join(self.tap_names())}")
+        self._fits(images)
+        last, blocks = self.trunk.forward_intermediates(images)
+        assert isinstance(last, Tensor)
+        found = dict(zip(self.tap_names(), [*blocks, self._pooled(last)], strict=True))
+        return {name: found[name] for name in names}
+
+    def tap_names(self) -> tuple[str, ...]:
+        """The blocks under timm's names, and the pooled feature."""
+        return (*(f"blocks.{number}" for number in range(len(self.trunk.blocks))), "pooled")
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+    def _as_maps(self, tokens: Tensor, images: Tensor) -> Tensor:
+        height, width = images.shape[2] // self.patch, images.shape[3] // self.patch
+        return tokens[:, 1:].mT.reshape(len(tokens), -1, height, width)  # (B, D, h, w)
+
+    def _fits(self, images: Tensor) -> None:
+        height, width = images.shape[2:]
+        if height % self.patch or width % self.patch:
+            raise UserError(
+                f"images of {height} x {width} pixels cannot be cut into patches of {self.patch}",
+                hint=f"set the size of every crop to a multiple of `backbone.patch`, {self.patch}",
+            )
+
+
+def vit_trunk(width: int, depth: int, heads: int, patch: int, image_size: int, drop_path: float) -> "Trunk":
+    """A timm vision transformer without classifier, for images of any size that the patch divides."""
+    from timm.models.vision_transformer import VisionTransformer as Trunk
+
+    return Trunk(
+        img_size=image_size,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        drop_path_rate=drop_path,
+        num_classes=0,
+        dynamic_img_size=True,
+    )
+
+
+@torch.no_grad()
+def fix_positions_(trunk: "Trunk", first: Literal["row", "column"]) -> None:
+    """Replace learned positions by sines and cosines that no gradient moves."""
+    height, width = trunk.patch_embed.grid_size
+    assert trunk.pos_embed is not None
+    trunk.pos_embed.copy_(sincos_positions(trunk.embed_dim, height, width, first=first, prefix=1))
+    trunk.pos_embed.requires_grad_(False)
+
+
+@torch.no_grad()
+def init_(trunk: "Trunk", kind: Literal["normal", "mae", "mocov3"]) -> None:
+    """Draw the initial weights of `Config.init`; timm has drawn those of `normal` but for the class token."""
+    if kind != "normal":
+        for name, layer in trunk.named_modules():
+            if isinstance(layer, nn.Linear):
+                wide_out, wide_in = layer.weight.shape
+                blocks = 3 if kind == "mocov3" and name.endswith("qkv") else 1
+                uniform_(layer, wide_in + wide_out // blocks)
+        projection = trunk.patch_embed.proj
+        uniform_(projection, projection.weight[0].numel() + projection.weight.shape[0])
+    assert trunk.cls_token is not None
+    nn.init.normal_(trunk.cls_token, std=1e-6 if kind == "mocov3" else 0.02)
+
+
+def uniform_(layer: nn.Linear | nn.Conv2d, fan: int) -> None:
+    """Weights uniform in +-sqrt(6 / fan) for `fan` inputs and outputs, bias 0 (Glorot & Bengio 2010, eq. 16)."""
+    bound = math.sqrt(6 / fan)
+    nn.init.uniform_(layer.weight, -bound, bound)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+build = ViT

@@ -1,0 +1,110 @@
+"""From words to images: opening a source, finding its other split, and guessing what a path holds.
+
+Only what a source needs is imported for it, so that a wrong path is answered at once.
+"""
+
+import os
+from pathlib import Path
+
+from sslcli.config.data import AnySource, Cifar, ColouredDigits, Digits, FileList, Folder, Npz
+from sslcli.data.source import Source
+from sslcli.errors import DataError
+
+TEST_PICTURES = 1500
+"""How many coloured test digits go with at least as many training ones."""
+
+OTHER_FOLDERS = ("val", "test")
+SPLIT_FOLDERS = frozenset({"val", "valid", "validation", "dev", "test", "eval"})
+
+
+def open_source(cfg: AnySource) -> Source:
+    """The images that the settings describe; raises DataError if there are none."""
+    match cfg:
+        case Folder():
+            from sslcli.data.folder import open_folder
+
+            return open_folder(cfg.path, cfg.labels, cfg.on_error)
+        case FileList():
+            from sslcli.data.file_list import open_list
+
+            return open_list(cfg.path, cfg.root, cfg.on_error)
+        case Npz():
+            from sslcli.data.npz import open_npz
+
+            return open_npz(cfg.path, cfg.images, cfg.labels)
+        case Cifar():
+            from sslcli.data.cifar import open_cifar
+
+            return open_cifar(cfg.root, cfg.classes, cfg.split, cfg.download)
+        case Digits():
+            from sslcli.data.digits import digits
+
+            return digits(cfg.split)
+        case ColouredDigits():
+            from sslcli.data.digits import coloured_digits
+
+            return coloured_digits(cfg.split, cfg.count, cfg.size, cfg.seed)
+
+
+def other_split(cfg: AnySource) -> AnySource | None:
+    """The test images that belong to training images, where that is known; None for test images and all others."""
+    match cfg:
+        case Cifar(split="train") | Digits(split="train"):
+            return cfg.model_copy(update={"split": "test"})
+        case ColouredDigits(split="train"):
+            count = TEST_PICTURES if cfg.count >= TEST_PICTURES else max(1, cfg.count // 4)
+            return cfg.model_copy(update={"split": "test", "count": count})
+        case Folder() if cfg.path.name == "train":
+            siblings = [cfg.path.with_name(name) for name in OTHER_FOLDERS]
+            found = next((path for path in siblings if os.path.isdir(path.expanduser())), None)
+            return None if found is None else cfg.model_copy(update={"path": found})
+        case _:
+            return None
+
+
+def guess_source(path: Path) -> AnySource:
+    """Settings for the images that a path seems to hold: a folder, its `train`, CIFAR's own files, a list or arrays."""
+    path = path.expanduser().absolute()  # a run may be resumed from elsewhere
+    if os.path.isdir(path):
+        return _guess_folder(path)
+    if not os.path.exists(path):
+        raise DataError(
+            f"`{path}` does not exist", hint="`--data` takes a folder, a list of files or an `.npz` archive"
+        )
+    match path.suffix.lower():
+        case ".txt" | ".csv":
+            return FileList(path=path)
+        case ".npz":
+            return Npz(path=path)
+        case ".tar" | ".tgz" | ".gz" | ".zip" | ".xz" | ".bz2":
+            raise DataError(f"`{path}` is an archive", hint="unpack it and point to the folder")
+        case _:
+            raise DataError(
+                f"`{path}` is no folder, list of files (.txt, .csv) or array archive (.npz)",
+                hint="to use images, point to the folder they are in",
+            )
+
+
+def _guess_folder(path: Path) -> AnySource:
+    from sslcli.data.cifar import found_in
+
+    if found_in(path, 10) is not None:
+        return Cifar(root=path, classes=10)
+    if found_in(path, 100) is not None:
+        return Cifar(root=path, classes=100)
+    return Folder(path=path / "train" if _has_split(path) else path)
+
+
+def _has_split(path: Path) -> bool:
+    """Whether `path/train` holds training images, and not one class of them, such as trains."""
+    train = path / "train"
+    if not os.path.isdir(train):
+        return False
+    try:
+        with os.scandir(path) as entries:
+            beside = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        with os.scandir(train) as entries:
+            classes = any(entry.is_dir() for entry in entries)
+    except OSError as error:
+        raise DataError(f"cannot look into folder `{path}`: {error.strerror}") from None
+    return classes or beside == {"train"} or bool(beside & SPLIT_FOLDERS)

@@ -1,0 +1,187 @@
+"""One un-augmented pass over all images: what a network says of each, in index order, whatever the number of ranks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from sslcli import dist
+from sslcli.data.source import Source, UnreadableImage
+from sslcli.errors import DataError
+from sslcli.views import EvalLook
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+BLOCK_BYTES = 64 * 2**20
+"""Most that one exchange between ranks carries per rank: bounds the memory of gathering a table of any length."""
+
+
+class Pass(NamedTuple):
+    """What a pass brought back."""
+
+    rows: dict[str, F32]
+    """Per name (M, D): one row for each image that could be read, in index order."""
+    kept: I64
+    """(M,) index of the image behind each row."""
+    skipped: dict[int, str]
+    """Images that could not be read: index, and name with reason."""
+
+
+def features_of(
+    apply: Callable[[Tensor], dict[str, Tensor]],
+    source: Source,
+    look: EvalLook,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    network: nn.Module | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    everywhere: bool = True,
+) -> Pass:
+    """Apply a function to every image of a source, each rank to a contiguous share of them.
+
+    Beside the network, memory holds this rank's share of the rows, and the whole table where it is gathered: on every
+    rank, or on the main one only (`everywhere=False`; the others get no rows).
+
+    Args:
+        apply: from images (B, 3, s, s) to named features, each (B, D).
+        source: the images.
+        look: how they are looked at.
+        batch_size: images per call of `apply`.
+        workers: loader processes of this rank; images held in memory need none.
+        device: where `apply` computes.
+        network: the module that `apply` runs, which must be in evaluation mode.
+        progress: called with (images done, images to do) of this rank.
+        everywhere: whether all ranks get the rows.
+
+    Raises:
+        DataError: not one image could be read; or one could not, and the source's policy is to stop.
+    """
+    assert network is None or not network.training, "a network in training mode would learn from the images it looks at"
+    total, rank, world = len(source), dist.rank(), dist.world()
+    mine = range(total * rank // world, total * (rank + 1) // world)
+    rows: dict[str, F32] = {}
+    read = np.zeros(len(mine), dtype=np.bool_)
+    skipped: dict[int, str] = {}
+    done = 0
+    with torch.no_grad():
+        for part in _crops(source, look, mine, batch_size, workers, device):
+            for index, reason in part.skipped.items():
+                if source.on_error == "stop":
+                    raise UnreadableImage(source.name(index), reason)
+                skipped[index] = f"{source.name(index)}: {reason}"
+            at = part.at.numpy() - mine.start
+            if len(at):
+                images = look.finish(part.images).contiguous(memory_format=torch.channels_last)
+                for name, values in apply(images).items():
+                    block = values.float().cpu().numpy()  # (b, D)
+                    rows.setdefault(name, np.zeros((len(mine), block.shape[1]), dtype=np.float32))[at] = block
+                read[at] = True
+            done += len(at) + len(part.skipped)
+            if progress is not None:
+                progress(done, len(mine))
+    gathered = _gathered(rows, read, device, total, everywhere)
+    everyone = {index: line for part in dist.gather_objects(skipped) for index, line in part.items()}
+    return Pass(*gathered, dict(sorted(everyone.items())))
+
+
+class _Part(NamedTuple):
+    images: Tensor
+    at: Tensor
+    skipped: dict[int, str]
+
+
+@final
+class _Read(Dataset[_Part]):
+    """Batches of crops, read and cropped one image at a time; an item is a whole batch."""
+
+    def __init__(self, source: Source, look: EvalLook, batches: Sequence[range]) -> None:
+        self._source = source
+        self._look = look
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> _Part:
+        crops: list[npt.NDArray[np.uint8]] = []
+        index: list[int] = []
+        skipped: dict[int, str] = {}
+        for i in self._batches[number]:
+            try:
+                crops.append(self._look.crop(self._source.read(i)))
+                index.append(i)
+            except UnreadableImage as error:  # told, not raised: it would not survive the way out of a worker process
+                skipped[i] = error.reason
+        images = np.stack(crops) if crops else np.empty((0, 3, 1, 1), dtype=np.uint8)
+        return _Part(torch.from_numpy(images), torch.tensor(index, dtype=torch.int64), skipped)
+
+
+def _crops(
+    source: Source, look: EvalLook, mine: range, batch_size: int, workers: int, device: torch.device
+) -> Iterator[_Part]:
+    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    held = source.resident()
+    if held is not None:
+        for batch in batches:
+            images = torch.from_numpy(held[batch.start : batch.stop]).to(device)  # (b, H, W, 3)
+            yield _Part(look.crop_batch(images), torch.arange(batch.start, batch.stop), {})
+        return
+    loader = DataLoader(
+        _Read(source, look, batches),
+        batch_size=None,
+        num_workers=min(workers, len(batches)),
+        pin_memory=device.type == "cuda",
+    )
+    for part in loader:
+        yield _Part(part.images.to(device, non_blocking=True), part.at, part.skipped)
+
+
+def _gathered(
+    rows: dict[str, F32], read: npt.NDArray[np.bool_], device: torch.device, total: int, everywhere: bool
+) -> tuple[dict[str, F32], I64]:
+    """All ranks' rows without the unread ones, and the index of each."""
+    found = dist.gather_objects(({name: block.shape[1] for name, block in rows.items()}, read))
+    kept = np.flatnonzero(np.concatenate([share for _, share in found])).astype(np.int64)
+    widths = next((widths for widths, _ in found if widths), None)
+    if widths is None:
+        raise DataError(
+            f"not one of the {total} images can be read", hint="`ssl data check` says what is wrong with each of them"
+        )
+    if dist.world() == 1:
+        return {name: block if len(kept) == total else block[kept] for name, block in rows.items()}, kept
+    if not everywhere and not dist.is_main():
+        kept = kept[:0]
+    whole: dict[str, F32] = {}
+    for name, width in widths.items():
+        block = rows[name] if name in rows else np.zeros((len(read), width), dtype=np.float32)
+        shares = [share for _, share in found]
+        whole[name] = _exchange(block, shares, device, wanted=everywhere or dist.is_main())
+    return whole, kept
+
+
+def _exchange(block: F32, shares: list[npt.NDArray[np.bool_]], device: torch.device, *, wanted: bool) -> F32:
+    """The read rows of every rank's block in rank order, exchanged a bounded piece at a time."""
+    width = block.shape[1]
+    offsets = np.cumsum([0, *(int(share.sum()) for share in shares)])
+    whole = np.empty((int(offsets[-1]) if wanted else 0, width), dtype=np.float32)
+    packed = block[shares[dist.rank()]]
+    longest = int(np.diff(offsets).max())
+    step = min(longest, max(1, BLOCK_BYTES // (4 * width * dist.world())))
+    for first in range(0, longest, step):
+        piece = torch.zeros(step, width, device=device)
+        here = packed[first : first + step]
+        piece[: len(here)] = torch.from_numpy(here)
+        pieces = dist.gather(piece).cpu().numpy().reshape(len(shares), step, width)
+        if wanted:
+            for rank in range(len(shares)):
+                start, stop = offsets[rank] + first, min(offsets[rank] + first + step, offsets[rank + 1])
+                if start < stop:
+                    whole[start:stop] = pieces[rank, : stop - start]
+    return whole

@@ -1,0 +1,441 @@
+"""A backbone as a file: written so that other tools can read it, read so that nothing but weights is trusted."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sslcli.config import choice
+from sslcli.config.base import Settings
+from sslcli.config.presets import PretrainPreset
+from sslcli.config.types import Count, Index
+from sslcli.config.views import EvalView, eval_view_for
+from sslcli.contracts import Backbone, RunFacts
+from sslcli.engine import checkpoint
+from sslcli.engine.build import method_of
+from sslcli.errors import PresetError, SslError, WeightsError
+from sslcli.seeds import seed_here
+
+FILE = "backbone.safetensors"
+"""Name of the extracted backbone in a run folder."""
+LAYOUTS = {"resnet": "torchvision", "timm": "timm"}
+"""Whose parameter names a family of backbones carries."""
+
+_KEY = "ssl"  # of the manifest among a safetensors file's metadata
+_CONVERT = (
+    "ssl reads run folders, its own checkpoints and the files of `ssl extract-backbone`; "
+    "weights of other tools will come in through `ssl convert`, which this version does not have"
+)
+
+
+class TrainedOn(Settings):
+    """The images that weights were trained on."""
+
+    fingerprint: str
+    """Digest of the images."""
+    images: Index
+    """How many."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, where there were labels."""
+
+
+class Manifest(Settings):
+    """What a weights file says about itself."""
+
+    format: Literal[1] = 1
+    """Version of this description."""
+    version: str
+    """Version of ssl that trained the weights."""
+    layout: str
+    """Whose parameter names these are: `torchvision` or `timm`."""
+    tensors: Count
+    """How many tensors the network has."""
+    digest: str
+    """SHA-256 over names, shapes, types and values of the tensors."""
+    method: str
+    """How the backbone was trained."""
+    step: Index
+    """Optimiser steps taken."""
+    epoch: float
+    """Passes over the images."""
+    view: EvalView
+    """How to show the network an image: size and normalisation."""
+    backbone: dict[str, Any]
+    """The network, as the preset describes it."""
+    source: TrainedOn
+    """The images it learned from."""
+    preset: dict[str, Any]
+    """The whole experiment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How the tensors of a file fitted the network."""
+
+    matched: int
+    missing: tuple[str, ...] = ()
+    """The network has them, the file does not."""
+    unexpected: tuple[str, ...] = ()
+    """The file has them, the network does not."""
+    misshapen: tuple[str, ...] = ()
+    """Both have them, in different shapes."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor found its place and every place its tensor."""
+        return not (self.missing or self.unexpected or self.misshapen)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A backbone with where it comes from."""
+
+    backbone: Backbone
+    """In evaluation mode, on the CPU, without gradients."""
+    manifest: Manifest
+    file: Path
+    """The file it was read from."""
+    run: Path | None
+    """The run folder the file lies in, if it does."""
+    match: Match
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, types and values of the tensors."""
+        return self.manifest.digest
+
+    def preset(self) -> PretrainPreset:
+        """The experiment the weights come from.
+
+        Raises:
+            WeightsError: this version of ssl does not understand it.
+        """
+        return _understood(self.manifest.preset, self.file)
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """A backbone that has been written, read back, and found to be the same."""
+
+    path: Path
+    manifest: Manifest
+    matched: int
+    """Tensors read back."""
+    difference: float
+    """Largest difference of features between the network before and after, on random images."""
+    already: bool
+    """Whether `what` was an extracted backbone to begin with."""
+
+
+def load(what: str | Path, *, allow_partial: bool = False) -> Weights:
+    """The backbone in a run folder (after its newest step), a checkpoint, or a file of `ssl extract-backbone`.
+
+    Args:
+        what: folder or file.
+        allow_partial: accept a file whose tensors fit the network only in part; the rest keeps its initial values.
+
+    Raises:
+        WeightsError: it is missing, damaged, not ours, or does not fit the network.
+    """
+    path = Path(what)
+    if path.is_dir():
+        return _of_run(path, allow_partial=allow_partial)
+    if not path.is_file():
+        raise WeightsError(f"no run folder or weights file `{path}`", hint="`ssl runs list` shows the runs there are")
+    if _begins_like_safetensors(path):
+        return _of_safetensors(path, allow_partial=allow_partial)
+    return _of_checkpoint(path)
+
+
+def save(backbone: Backbone, manifest: Manifest, path: Path) -> None:
+    """Write the tensors of a backbone's trunk, under canonical names, and the manifest beside them as JSON too.
+
+    Raises:
+        SslError: a file cannot be written; what was there before is untouched.
+    """
+    _check_finite(backbone.trunk.state_dict(), path)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(backbone).items()}
+    text = manifest.model_dump_json()
+    pretty = json.dumps(json.loads(text), indent=2) + "\n"
+    sidecar = path.with_name(f"{path.stem}.manifest.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt", _KEY: text})
+        with _replacing(sidecar) as temporary:
+            temporary.write_text(pretty, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SslError(f"cannot write `{path}`: {reason}", hint="free some space or choose another `--out`") from error
+
+
+def extract(what: str | Path, out: Path | None = None) -> Extracted:
+    """Write the backbone of a run (after its newest step) or of a checkpoint as a file, and prove that it is the same.
+
+    Args:
+        what: run folder or checkpoint; of an already extracted file nothing is left to do but to copy it to `out`.
+        out: the file; when absent, `backbone.safetensors` in the run folder, with the step in its name where a single
+            checkpoint is given.
+
+    Raises:
+        WeightsError: the checkpoint cannot be used.
+        SslError: the file cannot be written, or what it gives back differs.
+    """
+    given = Path(what)
+    if given.is_dir() and checkpoint.all_in(given):
+        weights = _of_checkpoint(checkpoint.newest(given))
+        target = out or given / FILE
+    else:
+        weights = load(given)
+        target = out or _beside(given)
+    already = weights.file.suffix == ".safetensors"
+    if already and (out is None or (out.exists() and out.samefile(weights.file))):
+        return Extracted(weights.file, weights.manifest, weights.match.matched, 0.0, already=True)
+    save(weights.backbone, weights.manifest, target)
+    again = load(target)
+    side = weights.manifest.view.size
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (weights.backbone(images) - again.backbone(images)).abs().max().item()
+    if difference != 0 or again.digest != weights.digest:
+        raise SslError(f"`{target}` gives back features that differ by {difference:g}", hint="the disk may be failing")
+    return Extracted(target, again.manifest, again.match.matched, difference, already=already)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and values, as 64 hexadecimal digits."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def network(config: Mapping[str, Any], *, seed: int = 0) -> Backbone:
+    """The backbone that this part of a preset describes, with fresh weights; a function of the seed.
+
+    Raises:
+        WeightsError: there is no such backbone here.
+    """
+    try:
+        cfg = choice.config_of("sslcli.backbones", str(config.get("name"))).model_validate(dict(config))
+        seed_here(seed, "init")
+        built: Backbone = choice.build("sslcli.backbones", cfg)(cfg)
+    except PresetError as error:
+        raise WeightsError(f"the weights belong to a network that cannot be built here: {error.message}") from error
+    except ValidationError as error:
+        raise WeightsError(f"the weights belong to a network that cannot be built here: {_first(error)}") from None
+    return built
+
+
+def _of_run(run: Path, *, allow_partial: bool) -> Weights:
+    extracted, steps = run / FILE, checkpoint.all_in(run)
+    if extracted.is_file():
+        found = _manifest_in(extracted)
+        if not steps or (found is not None and found.step == checkpoint.step_of(steps[-1])):
+            return _of_safetensors(extracted, allow_partial=allow_partial)
+    return _of_checkpoint(checkpoint.newest(run))
+
+
+def _of_checkpoint(path: Path) -> Weights:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if not zipped:
+        raise WeightsError(
+            f"`{path}` is neither a checkpoint of ssl nor a safetensors file: it is empty, damaged or another tool's",
+            hint=_CONVERT,
+        )
+    try:
+        state = checkpoint.read(path)
+    except WeightsError as error:
+        raise WeightsError(error.message, hint=error.hint or _CONVERT) from error
+    lacking = [key for key in ("preset", "facts", "method", "progress", "source", "version") if key not in state]
+    if lacking:
+        raise WeightsError(f"`{path}` lacks `{lacking[0]}`, which every checkpoint of ssl has", hint=_CONVERT)
+    preset = _understood(state["preset"], path)
+    try:
+        method = method_of(preset, RunFacts(**state["facts"]))
+        method.load_state_dict(state["method"])
+    except RuntimeError as error:
+        raise WeightsError(f"`{path}` does not fit the network its preset describes: {_first(error)}") from error
+    backbone = _at_rest(method.exported())
+    tensors = _tensors(backbone)
+    _check_finite(tensors, path)
+    step = state["progress"]["step"]
+    manifest = Manifest(
+        version=state["version"],
+        layout=LAYOUTS.get(preset.backbone.name, preset.backbone.name),
+        tensors=len(tensors),
+        digest=digest_of(tensors),
+        method=preset.method.name,
+        step=step,
+        epoch=round(step / state["progress"]["steps_per_epoch"], 4),
+        view=eval_view_for(preset.views),
+        backbone=preset.backbone.model_dump(mode="json"),
+        source=TrainedOn.model_validate(state["source"]),
+        preset=state["preset"],
+    )
+    return Weights(backbone, manifest, path, _run_of(path), Match(len(tensors)))
+
+
+def _of_safetensors(path: Path, *, allow_partial: bool) -> Weights:
+    manifest = _manifest_in(path)
+    if manifest is None:
+        raise WeightsError(
+            f"`{path}` is a safetensors file without a manifest: `ssl extract-backbone` did not make it", hint=_CONVERT
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"cannot read `{path}`: {error}", hint="extract it again") from error
+    _check_finite(tensors, path)
+    if digest_of(tensors) != manifest.digest and not allow_partial:
+        raise WeightsError(
+            f"the tensors in `{path}` are not the ones its manifest describes", hint="extract or download it again"
+        )
+    backbone = network(manifest.backbone)
+    match = _fill(backbone, tensors)
+    if not match.whole and (not allow_partial or match.matched == 0):
+        raise WeightsError(
+            f"`{path}` does not fit its network: {_told(match)}",
+            hint="`--allow-partial` accepts it as it is" if match.matched else None,
+        )
+    _at_rest(backbone)
+    manifest = manifest.model_copy(update={"digest": digest_of(_tensors(backbone))})
+    return Weights(backbone, manifest, path, _run_of(path), match)
+
+
+def _manifest_in(path: Path) -> Manifest | None:
+    """The manifest in a safetensors file, None where it has none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"`{path}` is not a whole safetensors file: {error}", hint="extract or download it again"
+        ) from error
+    if text is None:
+        return None
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise WeightsError(f"`{path}` has a manifest this version does not understand: {_first(error)}") from None
+
+
+def _fill(backbone: Backbone, tensors: Mapping[str, Tensor]) -> Match:
+    """Copy the tensors that fit into the trunk."""
+    wanted = backbone.trunk.state_dict()
+    both = wanted.keys() & tensors.keys()
+    fitting = {name: tensors[name] for name in both if tensors[name].shape == wanted[name].shape}
+    backbone.trunk.load_state_dict(fitting, strict=False)
+    return Match(
+        matched=len(fitting),
+        missing=tuple(sorted(wanted.keys() - both)),
+        unexpected=tuple(sorted(tensors.keys() - both)),
+        misshapen=tuple(sorted(both - fitting.keys())),
+    )
+
+
+def _told(match: Match) -> str:
+    parts = [
+        f"{len(names)} {what} (`{names[0]}`{', …' if len(names) > 1 else ''})"
+        for what, names in (
+            ("missing", match.missing),
+            ("unexpected", match.unexpected),
+            ("of another shape", match.misshapen),
+        )
+        if names
+    ]
+    return f"{match.matched} tensors match, {', '.join(parts)}"
+
+
+def _tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """The tensors of the trunk, by canonical name."""
+    outside = [name for name in backbone.state_dict() if not name.startswith("trunk.")]
+    if outside:
+        raise SslError(
+            f"the backbone keeps weights outside its `trunk`: `{outside[0]}`",
+            hint="move them below `trunk`, which is what is saved",
+        )
+    return dict(backbone.trunk.state_dict())
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(
+                f"`{path}`: `{name}` holds values that are not finite",
+                hint="the run diverged; use an earlier checkpoint",
+            )
+
+
+def _at_rest(backbone: Backbone) -> Backbone:
+    backbone.eval().requires_grad_(False)
+    return backbone
+
+
+def _understood(preset: Mapping[str, Any], path: Path) -> PretrainPreset:
+    try:
+        return PretrainPreset.model_validate(dict(preset))
+    except ValidationError as error:
+        raise WeightsError(f"`{path}` holds a preset this version does not understand: {_first(error)}") from None
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder that a checkpoint or an extracted file belongs to."""
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "preset.yaml").is_file() or checkpoint.all_in(folder):
+            return folder
+    return None
+
+
+def _beside(path: Path) -> Path:
+    """Where the backbone of a checkpoint goes: into its run folder, with its step in the name."""
+    run = _run_of(path)
+    return (run or path.parent) / f"backbone_{path.stem}.safetensors"
+
+
+def _begins_like_safetensors(path: Path) -> bool:
+    """Whether the file begins with a length and a JSON object, or is called so."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{")
+
+
+class _replacing:
+    """A temporary name that becomes `path` when all went well, and is gone when not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self._temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._temporary.replace(self._path)
+        else:
+            with suppress(OSError):
+                self._temporary.unlink()
+
+
+def _first(error: Exception) -> str:
+    """The gist of an error in one line."""
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"`{'.'.join(map(str, problem['loc']))}`: {problem['msg']}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])

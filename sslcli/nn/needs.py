@@ -1,0 +1,17 @@
+"""What a method cannot do without, said before the first step."""
+
+from sslcli.contracts import RunFacts
+from sslcli.errors import UserError
+
+
+def need_two_images(facts: RunFacts, method: str) -> None:
+    """Make sure that a forward pass holds images to compare, and batch norm has something to average.
+
+    Raises:
+        UserError: it holds only one.
+    """
+    if facts.part_size < 2:
+        raise UserError(
+            f"`{method}` compares the images of a forward pass, which here holds only 1",
+            hint="raise `data.batch_size`, or lower `run.accumulate`",
+        )

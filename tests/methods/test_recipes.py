@@ -1,0 +1,112 @@
+"""The shipped pretraining presets say what the papers and their authors' code say."""
+
+import math
+
+import pytest
+
+from sslcli.config import load
+from sslcli.config.base import Settings
+from sslcli.config.presets import PretrainPreset
+from sslcli.config.views import IMAGENET_MEAN
+
+
+def preset_of(name: str) -> PretrainPreset:
+    return load.load("pretrain", name).preset
+
+
+def said(section: Settings, **expected: object) -> None:
+    """Every expected value is in the section, compared as plain data."""
+    data = section.model_dump(mode="json")
+    assert {key: data[key] for key in expected} == expected
+
+
+JITTER = {"p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+
+
+@pytest.mark.parametrize("name", load.names("pretrain"))
+def test_every_preset_says_what_it_is(name):
+    about = preset_of(name).about
+    assert about.title
+    assert about.paper.startswith("https://")
+    assert about.follows
+    assert name.endswith("-cpu") or name.startswith("demo-") or about.expects
+
+
+def test_mocov1():
+    preset = preset_of("mocov1-r50-200e")
+    said(preset.method, name="moco", mlp=False, dim=128, queue=65536, momentum=0.999, temperature=0.07, symmetric=False)
+    (group,) = preset.views.groups
+    said(group, repeat=2, size=224, scale=[0.2, 1.0], grey=0.2, grey_first=True, blur=None, solarize=None, flip=0.5)
+    said(group, jitter={"p": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.4})
+    said(preset.optim, name="sgd", lr=0.03, per=256, momentum=0.9, nesterov=False, weight_decay=1e-4, rules=[])
+    said(preset.schedule, name="step", at=[120, 160], gamma=0.1, warmup=None, by="epoch")
+    said(preset.run, epochs=200, batch_norm=32, precision=None)
+    assert preset.data.batch_size == 256
+    assert preset.data.drop_last
+    said(preset.backbone, name="resnet", depth=50, width=64, stem="imagenet", zero_init_residual=False)
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("mocov2-r50-200e", 200), ("mocov2-r50-800e", 800)])
+def test_mocov2(name, epochs):
+    preset = preset_of(name)
+    said(preset.method, name="moco", mlp=True, hidden=None, queue=65536, momentum=0.999, temperature=0.2)
+    (group,) = preset.views.groups
+    said(group, repeat=2, size=224, scale=[0.2, 1.0], grey=0.2, grey_first=False, jitter=JITTER, flip=0.5)
+    said(group, blur={"p": 0.5, "sigma": [0.1, 2.0]}, interpolation="bilinear")
+    said(preset.optim, name="sgd", lr=0.03, per=256, momentum=0.9, weight_decay=1e-4)
+    said(preset.schedule, name="cosine", by="epoch", end=0.0, warmup=None)
+    said(preset.run, epochs=epochs, batch_norm=32)
+
+
+@pytest.mark.parametrize(("name", "batch", "lr"), [("simclr-r50-200e", 256, 0.3), ("simclr-r50-4096-200e", 4096, 4.8)])
+def test_simclr(name, batch, lr):
+    preset = preset_of(name)
+    said(preset.method, name="simclr", temperature=0.1, dim=128, hidden=2048, layers=2, batch_norm=True, joint=True)
+    (group,) = preset.views.groups
+    said(group, repeat=2, size=224, scale=[0.08, 1.0], grey=0.2, blur={"p": 0.5, "sigma": [0.1, 2.0]})
+    said(group, jitter={"p": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2})
+    said(preset.optim, name="lars", variant="lr_inside", momentum=0.9, weight_decay=1e-6, eta=0.001, nesterov=False)
+    (rule,) = preset.optim.rules
+    said(rule, one_dim=True, weight_decay=0.0, adapt=False)
+    said(preset.schedule, name="cosine", by="epoch")
+    assert preset.schedule.warmup is not None
+    said(preset.schedule.warmup, epochs=10.0, start=1e-4, shape="linear", by="step", subtract=False)
+    said(preset.run, epochs=200, batch_norm="global")
+    said(preset.backbone, depth=50, zero_init_residual=True)
+    assert preset.data.batch_size == batch
+    assert math.isclose(preset.optim.effective_lr(batch), lr)
+
+
+def test_simclr_on_cifar10_as_lightly():
+    preset = preset_of("simclr-r18-cifar10-200e")
+    said(preset.method, temperature=0.5, dim=128, hidden=512, layers=2, batch_norm=True, joint=False)
+    (group,) = preset.views.groups
+    said(group, size=32, scale=[0.08, 1.0], flip=0.5, jitter=JITTER, grey=0.2, blur=None)
+    assert preset.views.normalize.mean == IMAGENET_MEAN
+    said(preset.optim, name="sgd", momentum=0.9, weight_decay=5e-4)
+    assert math.isclose(preset.optim.effective_lr(512), 0.24)
+    said(preset.schedule, name="cosine", by="epoch", warmup=None)
+    said(preset.backbone, depth=18, stem="cifar", width=64)
+    said(preset.run, epochs=200, batch_norm="global")
+    assert preset_of("simclr-r18-cifar10-800e").run.epochs == 800
+
+
+def test_simclr_on_cifar10_as_dkobak():
+    preset = preset_of("simclr-r18-cifar10-1000e")
+    said(preset.method, temperature=0.5, dim=128, hidden=1024, layers=2, batch_norm=False, joint=False)
+    (group,) = preset.views.groups
+    said(group, size=32, scale=[0.2, 1.0], flip=0.5, jitter=JITTER, grey=0.1, blur=None)
+    said(preset.views.normalize, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
+    said(preset.optim, name="sgd", lr=0.03, per=256, momentum=0.9, weight_decay=5e-4)
+    said(preset.run, epochs=1000)
+    assert not preset.data.drop_last
+
+
+def test_moco_on_cifar10_as_in_the_authors_demo():
+    preset = preset_of("mocov2-r18-cifar10-200e")
+    said(preset.method, mlp=False, dim=128, queue=4096, momentum=0.99, temperature=0.1, symmetric=False)
+    (group,) = preset.views.groups
+    said(group, size=32, scale=[0.08, 1.0], flip=0.5, jitter=JITTER, grey=0.2, blur=None)
+    said(preset.optim, name="sgd", momentum=0.9, weight_decay=5e-4)
+    assert preset.optim.effective_lr(512) == 0.06
+    assert preset.data.batch_size // 8 == preset.run.batch_norm == 64  # its SplitBatchNorm cuts 512 images into 8
