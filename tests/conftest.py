@@ -1,10 +1,14 @@
 """Fixtures of the whole suite."""
 
 import importlib.util
-from collections.abc import Iterator
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +18,40 @@ ROOT = Path(__file__).parent.parent
 def golden() -> Path:
     """The folder of recordings from the reference implementations."""
     return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def filled() -> Callable[[str, Sequence[int]], npt.NDArray[np.float64]]:
+    """`filled(key, shape)`: the weights that recordings of whole networks were made with, instead of storing them."""
+    return _filled
+
+
+@pytest.fixture(scope="session")
+def hashed() -> Callable[[str, int], npt.NDArray[np.float64]]:
+    """`hashed(key, count)`: the numbers that inputs of such recordings were made from."""
+    return _hashed
+
+
+def _hashed(key: str, count: int) -> npt.NDArray[np.float64]:
+    """Numbers in [-1, 1) that depend on a text and a position only: CRC-32, then a 32-bit mixing function."""
+    x = np.uint32(zlib.crc32(key.encode())) + np.arange(count, dtype=np.uint32) * np.uint32(2654435769)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(2146121005)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(2221713035)
+    return (x ^ (x >> np.uint32(16))) / 2.0**31 - 1
+
+
+def _filled(key: str, shape: Sequence[int]) -> npt.NDArray[np.float64]:
+    """The tensor of this name in the reference's state dict."""
+    u = _hashed(key, math.prod(shape)).reshape(shape)
+    if key.endswith("num_batches_tracked"):
+        return 0 * u
+    if key.endswith("running_var"):
+        return 1 + 0.5 * u
+    if len(shape) <= 1:
+        return 1 + 0.1 * u if key.endswith("weight") else 0.1 * u
+    if shape[0] == 1 and len(shape) >= 3:
+        return 0.5 * u
+    return math.sqrt(3 / math.prod(shape[1:])) * u
 
 
 @pytest.fixture(scope="session")

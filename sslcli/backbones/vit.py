@@ -31,10 +31,12 @@ class Config(BackboneConfig):
     name: Literal["vit"] = "vit"
     size: Literal["tiny", "small", "base", "large"] = "small"
     """Width, blocks and heads: 192, 12, 3; 384, 12, 6; 768, 12, 12; 1024, 24, 16."""
-    heads: Count | None = None
-    """Attention heads, where they differ from the size's (MoCo v3 gives `small` 12)."""
+    width: Count | None = None
+    """Length of a token, where it differs from the size's; blocks and heads are the size's unless given."""
     depth: Count | None = None
     """Blocks, where they differ from the size's."""
+    heads: Count | None = None
+    """Attention heads, where they differ from the size's (MoCo v3 gives `small` 12)."""
     patch: Count = 16
     """Side of a patch in pixels."""
     image_size: Count = 224
@@ -57,13 +59,15 @@ class Config(BackboneConfig):
     def shape(self) -> tuple[int, int, int]:
         """Width, blocks and heads."""
         width, depth, heads = SIZES[self.size]
-        return width, self.depth or depth, self.heads or heads
+        return self.width or width, self.depth or depth, self.heads or heads
 
     @model_validator(mode="after")
     def _divides(self) -> "Config":
         width, _, heads = self.shape
         if width % heads:
-            raise ValueError(f"`heads` must divide the width {width} (got {heads})")
+            raise ValueError(f"the number of heads must divide the width (got {heads} and {width})")
+        if self.positions == "sincos" and width % 4:
+            raise ValueError(f"`positions: sincos` needs a width that 4 divides (got {width})")
         if self.image_size % self.patch:
             raise ValueError(f"`patch` must divide `image_size` (got {self.patch} and {self.image_size})")
         return self

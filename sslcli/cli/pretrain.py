@@ -46,11 +46,7 @@ def pretrain(
     """
     from sslcli.config.load import load
 
-    flags: dict[str, tuple[Any, str]] = {}
-    if data is not None:
-        from sslcli.data import guess_source
-
-        flags["data.source"] = (guess_source(data).model_dump(mode="json"), "--data")
+    flags = image_flags(data)
     if seed is not None:
         flags["seed"] = (seed, "--seed")
     if deterministic:
@@ -82,6 +78,15 @@ def resume(
         raise UserError(f"no checkpoint in `{run}`", hint="start the run with `ssl pretrain --preset … --out …`")
     preset: Any = from_data("pretrain", found[1]["preset"])
     _run(preset, run, "auto", None, gpus, procs, nodes, rdzv)
+
+
+def image_flags(data: Path | None) -> dict[str, tuple[Any, str]]:
+    """What `--data` says about the preset: key, value, and where it was said."""
+    if data is None:
+        return {}
+    from sslcli.data import guess_source
+
+    return {"data.source": (guess_source(data).model_dump(mode="json"), "--data")}
 
 
 def _run(

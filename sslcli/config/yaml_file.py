@@ -88,7 +88,7 @@ def read(path: Path) -> Document:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise PresetError(f"{label}:1: a preset is a mapping of keys to values, this is {_article(data)}")
+        raise PresetError(f"{label}:1: a preset is a mapping of keys to values, this is {_in_words(data)}")
     return Document(path, data, origin)
 
 
@@ -112,7 +112,7 @@ def shown(path: Path) -> str:
         return str(path)
 
 
-def _article(data: Any) -> str:
+def _in_words(data: Any) -> str:
     return "a list" if isinstance(data, list) else f"`{data}`"
 
 

@@ -1,6 +1,9 @@
 """Images on their way to the network: host batches made into device batches, with the waiting measured."""
 
+import json
+import os
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
@@ -8,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslcli import dist
 from sslcli.contracts import Batch, Progress
 from sslcli.data.loader import HostBatch, Loader
 
@@ -56,7 +60,8 @@ class Feed:
         """The rest of the current epoch, from the step `at` stands at."""
         host = self._timed(self.loader.epoch(at.epoch, at.step_in_epoch, weights))
         made = (self._on_device(batch, at.epoch) for batch in host)
-        return made if self._copies is None else self._ahead(made)
+        batches = made if self._copies is None else self._ahead(made)
+        return traced(batches, at.step) if "SSL_TRACE" in os.environ else batches
 
     def _timed(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
         while True:
@@ -99,3 +104,16 @@ class Feed:
                     tensor.record_stream(now)
             ready, coming = coming, prepared()
             yield ready
+
+
+def traced(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+    """Note which images and views went into every step, in the file that `SSL_TRACE` names with the rank added."""
+    with open(f"{os.environ['SSL_TRACE']}.{dist.rank()}", "a", encoding="utf-8") as file:
+        for batch in batches:
+            views = [view.contiguous().cpu().numpy() for view in batch.views]
+            sums = [zlib.crc32(b"".join(view[row].tobytes() for view in views)) for row in range(len(batch.index))]
+            note = {"step": step, "pid": os.getpid(), "index": batch.index.tolist(), "views": sums}
+            file.write(json.dumps(note) + "\n")
+            file.flush()
+            step += 1
+            yield batch

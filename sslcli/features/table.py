@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,18 @@ class FeatureTable:
         if self.labels is None:
             raise DataError("these images have no labels", hint="sort them into one folder per class")
         return self.labels
+
+    def counted_in(self, classes: tuple[str, ...]) -> "FeatureTable":
+        """The same rows with labels that count in `classes`, matched by name.
+
+        Raises:
+            DataError: there are no labels, or a class of that name is not among `classes`.
+        """
+        labels = self.known_labels()
+        if classes == self.meta.classes:
+            return self
+        place = numbers_in(classes, self.meta.classes)
+        return replace(self, labels=place[labels], meta=self.meta.model_copy(update={"classes": classes}))
 
     def digest(self) -> str:
         """SHA-256 of everything in the table but the names, as 64 hexadecimal digits."""
@@ -173,6 +185,22 @@ class TableEvaluator:
     """The metric that stands for all when one number is wanted."""
     same_images: bool = False
     """Whether it wants the same images for training and test, because it leaves out the one it judges."""
+
+
+def numbers_in(classes: Sequence[str], names: Sequence[str]) -> I64:
+    """The number in `classes` of each of `names`: a test folder that lacks a class still means the same classes.
+
+    Raises:
+        DataError: a name is not among `classes`.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in names if name not in number]
+    if unknown:
+        raise DataError(
+            f"class `{unknown[0]}` of the test images is not among the {len(classes)} training classes",
+            hint="the folders of a class must have the same name on both sides",
+        )
+    return np.array([number[name] for name in names], dtype=np.int64)
 
 
 def _savez(file: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -21,7 +21,7 @@ from sslcli.views.resize import STEP
 _RED, _GREEN, _BLUE = 19595 / 65536, 38470 / 65536, 7471 / 65536
 
 # Values worked on at once: few enough to stay in cache, or to bound what a GPU needs beside the network.
-_NEAR = 1 << 21
+_NEAR = 1 << 20
 _AT_ONCE = 1 << 27
 
 
@@ -31,11 +31,9 @@ def finish(crops: Tensor, draws: Colours, normalize: Normalize) -> Tensor:
     Large batches go in parts that stay near the processor (CPU) or in memory (other devices).
     """
     part = max(1, (_NEAR if crops.device.type == "cpu" else _AT_ONCE) // crops.shape[1:].numel())
-    out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
-    for start in range(0, len(crops), part):
-        which = slice(start, start + part)
-        out[which] = standardise_(recolour(crops[which], draws.rows(which)), normalize)
-    return out
+    ranges = [slice(start, start + part) for start in range(0, len(crops), part)]
+    parts = [standardise_(recolour(crops[which], draws.rows(which)), normalize) for which in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def standardise_(levels: Tensor, normalize: Normalize) -> Tensor:

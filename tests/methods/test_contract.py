@@ -22,9 +22,14 @@ METHODS = choice.members("sslcli.methods")
 SETTINGS: dict[str, dict[str, Any]] = {
     "barlowtwins": {"dim": 24, "hidden": 32},
     "byol": {"dim": 16, "hidden": 32},
+    "densecl": {"queue": 64},
+    "dino": {"prototypes": 32, "hidden": 32, "bottleneck": 16},
     "moco": {"queue": 64},
     "mocov3": {"dim": 16, "hidden": 32},
+    "npid": {"negatives": 32},
     "simsiam": {"dim": 32, "bottleneck": 8},
+    "swav": {"prototypes": 32, "queue": 16, "queue_from_epoch": 0, "freeze_steps": 1},
+    "triplet": {"hidden": 32, "dim": 16, "ranks": [2, 3], "online_size": [16, 32], "target_size": [24, 32]},
     "vicreg": {"dim": 24, "hidden": 32},
 }
 BACKBONES: dict[str, dict[str, Any]] = {}

@@ -54,7 +54,9 @@ def official(method: swav.SwAV) -> dict[str, Tensor]:
     """The method's tensors under the names of the authors' checkpoints."""
     state = method.state_dict()
     return {
-        key.replace("head.", "projection_head."): state[key] for key in state if key.startswith(("head.", "prototypes."))
+        key.replace("head.", "projection_head."): state[key]
+        for key in state
+        if key.startswith(("head.", "prototypes."))
     }
 
 

@@ -1,0 +1,122 @@
+"""ssl features: what a network says of images, as a table for NumPy."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sslcli.errors import DataError, UserError
+
+EVERY = 10.0
+"""Seconds between lines of progress where there is no terminal."""
+
+Target = Annotated[
+    Path, typer.Argument(metavar="RUN|WEIGHTS", help="Run folder, checkpoint or file of `ssl extract-backbone`.")
+]
+Partial = Annotated[bool, typer.Option("--allow-partial", help="Accept weights that fit the network only in part.")]
+
+
+def features(
+    target: Target,
+    data: Annotated[Path, typer.Option("--data", help="Images: a folder, a list file or an .npz.")],
+    out: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
+    taps: Annotated[str, typer.Option("--taps", help="Places in the network, e.g. `pooled,layer3`.")] = "pooled",
+    split: Annotated[
+        str, typer.Option("--split", metavar="train|test", help="Which part, where `--data` has several.")
+    ] = "train",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 256,
+    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Loader processes per rank.")] = None,
+    allow_partial: Partial = False,
+) -> None:
+    """Write the features of images, their labels and numbers to an .npz file that NumPy reads."""
+    from sslcli import dist
+    from sslcli.data import guess_source, open_source, other_split
+    from sslcli.features import weights as stored
+    from sslcli.features.compute import of_network
+
+    wanted = [tap.strip() for tap in taps.split(",") if tap.strip()]
+    if not wanted:
+        raise UserError("`--taps` names no place in the network", hint="leave it out for `pooled`")
+    if out.suffix != ".npz":
+        raise UserError(f"`--out {out}` does not end in `.npz`", hint=f"use `--out {out}.npz`")
+    config = guess_source(data)
+    if _split(split) == "test":
+        found = other_split(config)
+        if found is None:
+            raise DataError(f"no test images are known to belong to `{data}`", hint="point `--data` to them")
+        config = found
+    with dist.joined(), Passes() as passes:
+        weights = stored.load(target, allow_partial=allow_partial)
+        table = of_network(
+            weights.backbone, open_source(config), weights.manifest.view, wanted, what="weights", digest=weights.digest,
+            batch_size=batch_size, workers=workers, progress=passes(f"{split} images"), named=True,
+        )  # fmt: skip
+        if table is not None:
+            table.save(out)
+    if table is None:
+        return
+    shapes = ", ".join(f"features_{tap} {table.features[tap].shape}" for tap in wanted)
+    skipped = f"; {table.meta.skipped} unreadable images left out" if table.meta.skipped else ""
+    print(f"{shapes}{'' if table.labels is None else ', labels'}{skipped}", file=sys.stderr)
+    print(out)
+    print(f"next: numpy.load({str(out)!r})['features_{wanted[0]}']", file=sys.stderr)
+
+
+def _split(word: str) -> Literal["train", "test"]:
+    if word not in ("train", "test"):
+        raise UserError(f"`--split {word}`: there is `train` and `test`")
+    return "train" if word == "train" else "test"
+
+
+class Passes:
+    """Progress of passes over images: a bar on a terminal, a line now and then elsewhere; silent on all ranks but one."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> "Passes":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, title: str) -> Callable[[int, int], None] | None:
+        """Who is told how far the pass of this title is."""
+        from sslcli import dist
+
+        if not dist.is_main():
+            return None
+        task = self._bar.add_task(title, total=None, rate="")
+        begun = said = time.monotonic()
+
+        def told(done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            rate = done / max(now - begun, 1e-9)
+            text = f"{rate:.0f} images/s"
+            self._bar.update(task, completed=done, total=total, rate=text)
+            if not self._console.is_terminal and now - said > EVERY:
+                said = now
+                eta = (total - done) / rate
+                self._console.print(f"{title}: {done}/{total}, {text}, {eta:.0f} s to go", markup=False)
+
+        return told

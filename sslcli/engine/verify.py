@@ -1,0 +1,241 @@
+"""Proof of exact resume: the same small run once straight and once with kills, compared bit by bit.
+
+Every run is the real command in real processes; a kill is SIGKILL of one rank or SIGTERM to the whole job.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli import seeds
+from sslcli.config.load import from_data
+from sslcli.config.presets import PretrainPreset, as_data
+from sslcli.config.yaml_file import dump
+from sslcli.engine import checkpoint
+from sslcli.errors import EXIT_RESUMABLE, SslError
+
+SIDE = 32
+"""Size of the images and views of a small copy, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the two runs have in common."""
+
+    kills: tuple[str, ...]
+    """What was done to the second run."""
+    images: bool
+    """Whether every global batch held the same images in the same order."""
+    views: bool
+    """Whether every row showed the same pixels."""
+    differing: tuple[str, ...] | None
+    """Names of tensors that are not bit-equal at the end; None where the number of ranks changed in between."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was lost."""
+        return self.images and self.views and not self.differing
+
+
+def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPreset:
+    """The same method, backbone, optimiser and schedule on 96 small drawn pictures, for a few steps.
+
+    What cannot stay: images and views become 32 px, the batch 8 per rank and slice; groups of batch norm are cut down
+    to fit.
+    """
+    data = as_data(preset)
+    share = 8
+    accumulate = data["run"]["accumulate"]
+    batch = share * ranks * accumulate
+    data["data"] = {
+        "source": {"name": "coloured_digits", "count": 6 * batch, "size": SIDE},
+        "batch_size": batch,
+        "workers": 0,
+    }
+    for group in data["views"].get("groups", ()):
+        group["size"] = min(group["size"], SIDE)
+    if "image_size" in data["backbone"]:
+        data["backbone"]["image_size"] = SIDE
+    run = data["run"]
+    norm = run["batch_norm"]
+    run.update(
+        epochs=None,
+        steps=steps,
+        precision="fp32",
+        views="fast",
+        log_every=1,
+        tensorboard=False,
+        batch_norm=norm if norm == "global" else min(norm, share),
+        checkpoints={"every_steps": 3},
+    )
+    made: PretrainPreset = from_data("pretrain", data)
+    return made
+
+
+def verify_resume(
+    preset: PretrainPreset,
+    folder: Path,
+    *,
+    ranks: int = 1,
+    ranks_after: int | None = None,
+    steps: int = 12,
+    kills: int = 2,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> Verdict:
+    """Run a small copy of a preset straight, and again with kills at random steps, and compare.
+
+    Args:
+        preset: the experiment whose resume is in question.
+        folder: where both runs go.
+        ranks: processes of the straight run and of the other until its first kill.
+        ranks_after: processes of the other from then on; `ranks` when absent.
+        steps: length of the runs.
+        kills: how often the second run is killed: in turn SIGKILL of one rank, SIGTERM to all.
+        seed: which steps are chosen.
+        say: who is told what happens.
+
+    Raises:
+        SslError: a run failed for another reason than the kill.
+    """
+    after = ranks_after or ranks
+    small = small_copy(preset, steps=steps, ranks=max(ranks, after))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "small.yaml"
+    file.write_text(dump(as_data(small)), encoding="utf-8")
+    say(f"straight: {steps} steps on {ranks} rank(s)")
+    _run(_command(file, folder / "straight", ranks), folder / "straight.trace")
+    done: list[str] = []
+    key = seeds.seed_of(seed, "kill")
+    chosen = sorted(1 + int(step) for step in seeds.permutation(steps - 2, key)[:kills])
+    for number, step in enumerate(chosen):
+        term = number % 2 == 1
+        processes = ranks if number == 0 else after
+        victim = int(seeds.permuted(number, processes, key)) if number < processes else 0
+        command = _command(file, folder / "killed", processes)
+        what = _kill_at(command, folder / "killed.trace", step, victim, term=term)
+        say(f"killed:   {what}")
+        done.append(what)
+    _run(_command(file, folder / "killed", after), folder / "killed.trace")
+    straight, killed = _trace(folder / "straight.trace"), _trace(folder / "killed.trace")
+    same = after == ranks
+    return Verdict(
+        kills=tuple(done),
+        images={step: note["index"] for step, note in straight.items()}
+        == {step: note["index"] for step, note in killed.items()},
+        views={step: note["views"] for step, note in straight.items()}
+        == {step: note["views"] for step, note in killed.items()},
+        differing=tuple(_differing(folder / "straight", folder / "killed")) if same else None,
+    )
+
+
+def _command(preset: Path, out: Path, ranks: int) -> list[str]:
+    words = [sys.executable, "-m", "sslcli", "pretrain", "--preset", str(preset), "--out", str(out)]
+    return words if ranks == 1 else [*words, "--procs", str(ranks)]
+
+
+def _start(command: Sequence[str], trace: Path) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "SSL_TRACE": str(trace), "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def _run(command: Sequence[str], trace: Path) -> None:
+    process = _start(command, trace)
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise SslError(f"a run of the proof failed with exit code {process.returncode}: {_last(errors)}")
+
+
+def _kill_at(command: Sequence[str], trace: Path, step: int, victim: int, *, term: bool) -> str:
+    """Run a command until it reaches a step, kill it there, and say how."""
+    process = _start(command, trace)
+    while process.poll() is None:
+        note = next((n for n in _lines(Path(f"{trace}.{victim}")) if n["step"] >= step), None)
+        if note is not None and _alive(note["pid"]):
+            target, number = (process.pid, signal.SIGTERM) if term else (note["pid"], signal.SIGKILL)
+            os.kill(target, number)
+            break
+        time.sleep(0.01)
+    _, errors = process.communicate()
+    if process.returncode == 0:
+        return f"nothing: the run ended before the kill at step {step}"
+    if term and process.returncode != EXIT_RESUMABLE:
+        raise SslError(f"after SIGTERM the run ended with exit code {process.returncode}: {_last(errors)}")
+    return f"SIGTERM to the job at step {step}" if term else f"SIGKILL of rank {victim} at step {step}"
+
+
+def _trace(path: Path) -> dict[int, dict[str, Any]]:
+    """By step, the images and views of its global batch, as they went into the run that lasted."""
+    ranks = sorted(path.parent.glob(f"{path.name}.*"), key=lambda p: int(p.suffix[1:]))
+    whole: dict[int, dict[str, Any]] = {}
+    # A rank that only took part for a while left lines that a later, smaller job took again alone: the last writer of
+    # a step is the job that kept it, recognised by the order of processes in rank 0's file.
+    per_rank = [list(_lines(file)) for file in ranks]
+    for note in per_rank[0]:
+        whole[note["step"]] = {"index": list(note["index"]), "views": list(note["views"])}
+    for notes in per_rank[1:]:
+        last = {note["step"]: note for note in notes}
+        for step, note in last.items():
+            if step in whole and len(whole[step]["index"]) < _batch(per_rank):
+                whole[step]["index"] += note["index"]
+                whole[step]["views"] += note["views"]
+    return whole
+
+
+def _batch(per_rank: Sequence[Sequence[Mapping[str, Any]]]) -> int:
+    """Rows of a global batch: what all ranks of the first step held together."""
+    return sum(len(notes[0]["index"]) for notes in per_rank if notes and notes[0]["step"] == 0)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return  # a line that is being written
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _differing(straight: Path, killed: Path) -> Iterator[str]:
+    a, b = checkpoint.read(checkpoint.newest(straight)), checkpoint.read(checkpoint.newest(killed))
+    for part in ("method", "optimizer", "scaler", "progress"):
+        yield from _unequal(a[part], b[part], part)
+
+
+def _unequal(a: Any, b: Any, name: str) -> Iterator[str]:
+    if isinstance(a, Mapping):
+        for key in a:
+            yield from _unequal(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, list | tuple):
+        for key, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _unequal(x, y, f"{name}.{key}")
+    elif not (torch.equal(a, b) if isinstance(a, Tensor) else a == b):
+        yield name
+
+
+def _last(errors: str) -> str:
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
