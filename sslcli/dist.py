@@ -35,6 +35,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def backends() -> tuple[str, ...]:
+    """The ways of talking to other ranks that torch was built with."""
+    if not td.is_available():
+        return ()
+    there = {"gloo": td.is_gloo_available(), "nccl": td.is_nccl_available()}
+    return tuple(name for name, available in there.items() if available)
+
+
 def device() -> torch.device:
     """Where this process computes: its own GPU where there is one, the CPU otherwise."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")

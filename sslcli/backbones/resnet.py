@@ -4,7 +4,7 @@ Built by timm; names and initialisation are torchvision's, so weights go into ei
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from torch import Tensor, nn
 
@@ -88,10 +88,10 @@ def resnet_trunk(depth: Depth, width: int, stem: Literal["imagenet", "cifar", "s
     from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
     from timm.models.resnet import ResNet as Trunk
 
-    block = BasicBlock if depth in BASIC else Bottleneck
+    block: Any = BasicBlock if depth in BASIC else Bottleneck
     repeats = BASIC[depth] if depth in BASIC else BOTTLENECK[depth]
     channels = (width, 2 * width, 4 * width, 8 * width)
-    trunk = Trunk(block, repeats, num_classes=0, channels=channels, zero_init_last=False)
+    trunk: Any = Trunk(block, repeats, num_classes=0, channels=channels, zero_init_last=False)
     if stem != "imagenet":
         trunk.conv1 = nn.Conv2d(3, width, 3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
         trunk.maxpool = nn.Identity()
@@ -103,7 +103,8 @@ def resnet_trunk(depth: Depth, width: int, stem: Literal["imagenet", "cifar", "s
         for name, stage in stages:
             trunk.add_module(name, stage)
     trunk.init_weights(zero_init_last=zero_init)
-    return trunk
+    made: Trunk = trunk
+    return made
 
 
 build = ResNet

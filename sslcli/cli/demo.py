@@ -11,8 +11,9 @@ from sslcli.cli.watch import Terminal
 
 if TYPE_CHECKING:
     from sslcli.evaluate._job import Outcome
+    from sslcli.features.weights import Weights
 
-PROTOCOLS = {"kNN": "knn-v1", "linear": "linear-cached-v1"}
+EVALUATORS = {"kNN": "knn", "linear": "linear_cached"}
 COLUMNS = ("raw pixels", "untrained", "learned")
 
 
@@ -38,8 +39,12 @@ def demo(
         target = out / weights.FILE
         weights.extract(out, target)
         learned = weights.load(target)
-        found = {name: judged for name, protocol in PROTOCOLS.items() if (judged := _judge(learned, protocol, terminal))}
-        for outcome in found.values():
+        found: dict[str, Outcome] = {}
+        for name, evaluator in EVALUATORS.items():
+            outcome = _judge(learned, evaluator, terminal)
+            if outcome is None:
+                continue
+            found[name] = outcome
             ledger.append(out, outcome.report)
             for warning in outcome.warnings:
                 terminal.say(f"warning: {warning}")
@@ -51,16 +56,17 @@ def demo(
         terminal.say(f"next: ssl runs show {out}")
 
 
-def _judge(learned: "weights.Weights", protocol: str, terminal: Terminal) -> "Outcome | None":
-    """The protocol's verdict, or None (said so) where the images have no labels or no test images."""
-    from sslcli.cli.evaluate import protocol_of
+def _judge(learned: "Weights", evaluator: str, terminal: Terminal) -> "Outcome | None":
+    """The newest protocol's verdict, or None (said so) where the images have no labels or no test images."""
+    from sslcli.cli.evaluate import newest, protocol_of
     from sslcli.errors import DataError
     from sslcli.evaluate._job import evaluate
 
+    protocol = protocol_of(evaluator, newest(evaluator), (), None, {})
     try:
-        return evaluate(learned, protocol_of(protocol), floors=True, passes=lambda title: None)
+        return evaluate(learned, protocol, floors=True, passes=lambda title: None)
     except DataError as error:
-        terminal.say(f"no {protocol} number: {error.message}")
+        terminal.say(f"no {protocol.name} number: {error.message}")
         return None
 
 

@@ -2,21 +2,24 @@
 
 import json
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslcli.cli.features import Partial, Passes, Target
+from sslcli.cli.features import Partial, Passes, Target, share
 from sslcli.cli.methods import title
-from sslcli.cli.options import Json, Override
-from sslcli.config.choice import members
-from sslcli.errors import PresetError, SslError, UserError
+from sslcli.cli.options import Gpus, Json, Override, Procs
+from sslcli.errors import SslError, UserError
 
 if TYPE_CHECKING:
     from sslcli.evaluate._job import Outcome, Protocol
+    from sslcli.features.weights import Weights
+
+EVALUATORS = Path(__file__).parents[1] / "evaluate"
 
 app = typer.Typer(
     name="eval", help="Judge a backbone by a versioned protocol.", no_args_is_help=True, rich_markup_mode=None
@@ -24,7 +27,7 @@ app = typer.Typer(
 
 
 def command(evaluator: str) -> Callable[..., None]:
-    """The command that judges with one evaluator, by its protocol of the highest version unless another is named."""
+    """The command that judges with the evaluator of this name."""
 
     def judge(
         target: Target,
@@ -38,41 +41,139 @@ def command(evaluator: str) -> Callable[..., None]:
             Path | None, typer.Option("--test", help="Test images, or their table made by `ssl features`.")
         ] = None,
         preset: Annotated[
-            str | None, typer.Option("--preset", "-p", help="Protocol, e.g. `knn-v1`, or a YAML file.")
+            str | None,
+            typer.Option("--preset", "-p", help="Protocol or YAML file; the evaluator's newest when absent."),
         ] = None,
         override: Override = None,
         seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every draw.")] = None,
         floors: Annotated[
             bool, typer.Option("--floors", help="Judge raw pixels and the untrained network too.")
         ] = False,
+        gpus: Gpus = None,
+        procs: Procs = None,
         allow_partial: Partial = False,
         as_json: Json = False,
     ) -> None:
         from sslcli import dist
         from sslcli.features import weights as stored
 
-        name = preset or newest_protocol(evaluator)
         if data is not None and train is not None:
             raise UserError("`--data` and `--train` exclude each other", hint="use `--train` together with `--test`")
+        tables = _tables(train, test, floors)
+        images = {} if tables else {"train": data or train, "test": test}
+        protocol = protocol_of(evaluator, preset or newest(evaluator), override or (), seed, images)
+        share(gpus, procs)
         with dist.joined(), Passes() as passes:
-            weights = stored.load(target, allow_partial=allow_partial)
-            tables = [path for path in (train, test) if path is not None and _is_table(path)]
-            if tables:
-                outcome = _of_tables(evaluator, name, override or [], seed, weights, train, test, floors)
-            else:
-                protocol = protocol_of(evaluator, name, override or [], seed, data or train, test)
-                outcome = _of_images(weights, protocol, floors, passes)
+            outcome = _judge(stored.load(target, allow_partial=allow_partial), protocol, tables, floors, passes)
         if outcome is None:
             return
+        print(json.dumps(asdict(outcome.report), indent=2) if as_json else table(outcome), flush=True)
         report = keep(outcome)
-        if as_json:
-            print(json.dumps(asdict(outcome.report), indent=2))
-        else:
-            print(table(outcome))
         for warning in outcome.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        print(f"report: {report}", file=sys.stderr)
-        print(f"next: {_next(target, evaluator)}", file=sys.stderr)
+        print(f"report: {report}\nnext: {_next(evaluator, target)}", file=sys.stderr)
 
-    judge.__doc__ = title(_folder() / f"{evaluator}.py")
+    judge.__doc__ = title(EVALUATORS / f"{evaluator}.py")
     return judge
+
+
+knn = command("knn")
+
+for _file in sorted(EVALUATORS.glob("[!_]*.py")):
+    app.command(_file.stem.replace("_", "-"))(command(_file.stem))
+
+
+def newest(evaluator: str) -> str:
+    """The shipped protocol of this evaluator with the highest version."""
+    from sslcli.config.load import names
+
+    start = f"{evaluator.replace('_', '-')}-v"
+    versions = [name.removeprefix(start) for name in names("eval") if name.startswith(start)]
+    numbers = [int(version) for version in versions if version.isdecimal()]
+    if not numbers:
+        raise UserError(f"no protocol for `{evaluator}` comes with ssl", hint="name a file with `--preset FILE`")
+    return f"{start}{max(numbers)}"
+
+
+def protocol_of(
+    evaluator: str, name: str, overrides: Sequence[str], seed: int | None, images: dict[str, Path | None]
+) -> "Protocol":
+    """A protocol with what the command line changes about it."""
+    from sslcli.config.load import load
+    from sslcli.data import guess_source
+    from sslcli.evaluate._job import Protocol
+
+    flags: dict[str, tuple[Any, str]] = {
+        part: (guess_source(path).model_dump(mode="json"), f"--{part}")
+        for part, path in images.items()
+        if path is not None
+    }
+    if seed is not None:
+        flags["seed"] = (seed, "--seed")
+    frozen, loaded = load("eval", name), load("eval", name, overrides, flags)
+    if loaded.preset.evaluator.name != evaluator:
+        wanted = loaded.preset.evaluator.name.replace("_", "-")
+        raise UserError(f"protocol `{name}` is not for this evaluator", hint=f"use `ssl eval {wanted} --preset {name}`")
+    return Protocol(Path(name).stem if name.endswith((".yaml", ".yml")) else name, frozen.preset, loaded.preset)
+
+
+def keep(outcome: "Outcome") -> Path:
+    """Write the report into the run folder, or beside the weights; the file is returned."""
+    from sslcli.runs import ledger
+
+    try:
+        return ledger.append(outcome.folder, outcome.report)
+    except OSError as error:
+        raise SslError(
+            f"cannot write a report to `{outcome.folder}`: {error.strerror or error}",
+            hint="make the folder writeable, or copy the weights to one that is",
+        ) from error
+
+
+def table(outcome: "Outcome") -> str:
+    """Metrics as rows, what was judged as columns."""
+    columns = dict(reversed(outcome.columns.items()))
+    protocol = outcome.report.protocol
+    width = max(map(len, (protocol, *outcome.report.metrics)))
+    lines = [f"{protocol:<{width}}" + "".join(f"  {name:>12}" for name in columns)]
+    for metric in outcome.report.metrics:
+        cells = "".join(f"  {scores.metrics[metric]:>10.2f} %" for scores in columns.values())
+        lines.append(f"{metric:<{width}}{cells}")
+    return "\n".join(lines)
+
+
+def _judge(
+    weights: "Weights", protocol: "Protocol", tables: Sequence[Path], floors: bool, passes: Passes
+) -> "Outcome | None":
+    from sslcli.evaluate import _job
+    from sslcli.features.table import FeatureTable
+
+    if not tables:
+        return _job.evaluate(weights, protocol, floors=floors, passes=passes)
+    return _job.evaluate_tables(weights, protocol, *(FeatureTable.load(path) for path in tables))
+
+
+def _tables(train: Path | None, test: Path | None, floors: bool) -> list[Path]:
+    """The tables of features among what was named for training and test: both, or none."""
+    found = [path for path in (train, test) if path is not None and _is_table(path)]
+    if len(found) == 1:
+        raise UserError(
+            f"`{found[0]}` holds features, the other side does not",
+            hint="give `--train` and `--test` both as files of `ssl features`, or both as images",
+        )
+    if found and floors:
+        raise UserError("`--floors` needs images, not tables of features", hint="leave it out, or give the images")
+    return found
+
+
+def _is_table(path: Path) -> bool:
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"meta.npy", "index.npy"} <= set(archive.namelist())
+
+
+def _next(evaluator: str, target: Path) -> str:
+    if evaluator == "knn":
+        return f"ssl eval linear-cached {target}"
+    return f"ssl runs show {target}" if target.is_dir() else f"ssl features {target} --data DIR --out FILE.npz"

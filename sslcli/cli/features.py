@@ -1,5 +1,6 @@
 """ssl features: what a network says of images, as a table for NumPy."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sslcli.cli.options import Gpus, Procs
 from sslcli.errors import DataError, UserError
 
 EVERY = 10.0
@@ -32,6 +34,8 @@ def features(
     ] = "train",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 256,
     workers: Annotated[int | None, typer.Option("--workers", min=0, help="Loader processes per rank.")] = None,
+    gpus: Gpus = None,
+    procs: Procs = None,
     allow_partial: Partial = False,
 ) -> None:
     """Write the features of images, their labels and numbers to an .npz file that NumPy reads."""
@@ -51,6 +55,7 @@ def features(
         if found is None:
             raise DataError(f"no test images are known to belong to `{data}`", hint="point `--data` to them")
         config = found
+    share(gpus, procs)
     with dist.joined(), Passes() as passes:
         weights = stored.load(target, allow_partial=allow_partial)
         table = of_network(
@@ -68,6 +73,20 @@ def features(
     print(f"next: numpy.load({str(out)!r})['features_{wanted[0]}']", file=sys.stderr)
 
 
+def share(gpus: int | None, procs: int | None) -> None:
+    """Where many processes are asked for, run this command in all of them and end with its exit code."""
+    from sslcli.engine.launch import launch, launched
+    from sslcli.engine.machine import check_devices
+
+    if launched():
+        return
+    if gpus is not None and procs is not None:
+        raise UserError("`--gpus` and `--procs` exclude each other", hint="one process is started for each GPU")
+    check_devices(gpus)
+    if (processes := gpus or procs or 1) > 1:
+        sys.exit(launch(sys.argv[1:], processes))
+
+
 def _split(word: str) -> Literal["train", "test"]:
     if word not in ("train", "test"):
         raise UserError(f"`--split {word}`: there is `train` and `test`")
@@ -75,7 +94,7 @@ def _split(word: str) -> Literal["train", "test"]:
 
 
 class Passes:
-    """Progress of passes over images: a bar on a terminal, a line now and then elsewhere; silent on all ranks but one."""
+    """Progress of passes over images: a bar on a terminal, a line now and then elsewhere; only the main rank speaks."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,7 +106,7 @@ class Passes:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_terminal or os.environ.get("RANK", "0") != "0",
         )
 
     def __enter__(self) -> "Passes":

@@ -53,11 +53,13 @@ def resume(
         )
     print(f"images of every batch   {'equal' if verdict.images else 'DIFFERENT'}")
     print(f"views of every row      {'equal' if verdict.views else 'DIFFERENT'}")
-    if verdict.differing is None:
-        print("state at the end        not compared: the number of ranks changed")
-    else:
-        count = len(verdict.differing)
-        print(f"state at the end        {'bit-equal' if not count else f'{count} tensors DIFFER: {verdict.differing[0]} …'}")
+    print(f"state at the end        {_state(verdict.differing)}")
     print("verdict: " + ("resume is exact" if verdict.exact else "resume is NOT exact"))
     if not verdict.exact:
         raise typer.Exit(EXIT_FAILURE)
+
+
+def _state(differing: tuple[str, ...] | None) -> str:
+    if differing is None:
+        return "not compared: the number of ranks changed"
+    return f"{len(differing)} tensors DIFFER, e.g. {differing[0]}" if differing else "bit-equal"

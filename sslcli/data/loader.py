@@ -372,7 +372,7 @@ def _started(processes: DataLoader[HostBatch | _Failure]) -> Iterator[HostBatch 
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether a process is gone: torch says so, or the pipe to it ends; what is raised in a process begins otherwise."""
+    """Whether a process is gone: torch says so, or the pipe to it ends. What was raised in one begins with `Caught`."""
     text = str(error)
     return not text.startswith("Caught") and (not isinstance(error, RuntimeError) or "DataLoader worker (pid" in text)
 

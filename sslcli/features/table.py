@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -146,7 +147,7 @@ class FeatureTable:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"`{path}` is not a whole .npz file: {error}") from error
         if "meta" not in arrays or "index" not in arrays:
             raise DataError(f"`{path}` is not a table made by `ssl features`: it holds {_listed(arrays)}")
@@ -154,6 +155,9 @@ class FeatureTable:
             meta = TableMeta.model_validate_json(str(arrays["meta"]))
         except ValidationError as error:
             raise DataError(f"`{path}` has a description that this version does not understand: {error}") from None
+        rows = {name: len(array) for name, array in arrays.items() if array.ndim}
+        if len(set(rows.values())) > 1:
+            raise DataError(f"the arrays in `{path}` differ in length: {_listed(rows)}")
         return cls(
             features={name.removeprefix(_PREFIX): rows for name, rows in arrays.items() if name.startswith(_PREFIX)},
             index=arrays["index"],

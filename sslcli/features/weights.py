@@ -28,8 +28,8 @@ from sslcli.seeds import seed_here
 
 FILE = "backbone.safetensors"
 """Name of the extracted backbone in a run folder."""
-LAYOUTS = {"resnet": "torchvision", "timm": "timm"}
-"""Whose parameter names a family of backbones carries."""
+LAYOUTS = {"resnet": "torchvision"}
+"""Whose parameter names a family of backbones carries, where they are not timm's alone."""
 
 _KEY = "ssl"  # of the manifest among a safetensors file's metadata
 _CONVERT = (
@@ -179,16 +179,17 @@ def save(backbone: Backbone, manifest: Manifest, path: Path) -> None:
         raise SslError(f"cannot write `{path}`: {reason}", hint="free some space or choose another `--out`") from error
 
 
-def extract(what: str | Path, out: Path | None = None) -> Extracted:
+def extract(what: str | Path, out: Path | None = None, *, layout: str | None = None) -> Extracted:
     """Write the backbone of a run (after its newest step) or of a checkpoint as a file, and prove that it is the same.
 
     Args:
         what: run folder or checkpoint; of an already extracted file nothing is left to do but to copy it to `out`.
         out: the file; when absent, `backbone.safetensors` in the run folder, with the step in its name where a single
             checkpoint is given.
+        layout: whose parameter names are wanted; an error if these are others'.
 
     Raises:
-        WeightsError: the checkpoint cannot be used.
+        WeightsError: the checkpoint cannot be used, or has names of another layout.
         SslError: the file cannot be written, or what it gives back differs.
     """
     given = Path(what)
@@ -198,6 +199,11 @@ def extract(what: str | Path, out: Path | None = None) -> Extracted:
     else:
         weights = load(given)
         target = out or _beside(given)
+    if layout not in (None, "timm", weights.manifest.layout):  # torchvision's names are timm's too
+        raise WeightsError(
+            f"the backbone has the parameter names of {weights.manifest.layout}, not of `{layout}`",
+            hint=f"leave `--format` out, or use `--format {weights.manifest.layout}`",
+        )
     already = weights.file.suffix == ".safetensors"
     if already and (out is None or (out.exists() and out.samefile(weights.file))):
         return Extracted(weights.file, weights.manifest, weights.match.matched, 0.0, already=True)
@@ -275,7 +281,7 @@ def _of_checkpoint(path: Path) -> Weights:
     step = state["progress"]["step"]
     manifest = Manifest(
         version=state["version"],
-        layout=LAYOUTS.get(preset.backbone.name, preset.backbone.name),
+        layout=LAYOUTS.get(preset.backbone.name, "timm"),
         tensors=len(tensors),
         digest=digest_of(tensors),
         method=preset.method.name,

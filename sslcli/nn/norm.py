@@ -105,7 +105,7 @@ def _tail(old: _BatchNorm) -> tuple[nn.Module, nn.Module]:
     if old.track_running_stats and old.momentum is not None:
         if type(old) in PLAIN:
             return nn.Identity(), nn.Identity()
-        from timm.layers import BatchNormAct2d
+        from timm.layers.norm_act import BatchNormAct2d
 
         if type(old) is BatchNormAct2d:
             return old.drop, old.act
@@ -129,23 +129,24 @@ class SplitBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Rows (N, C, ...), normalised share by share when training."""
         if not self.training:
-            return self.act(self.drop(_plain(self, x)))
+            return _finished(self, _plain(self, x))
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        means = self.running_mean.repeat(self.splits, 1)  # (S, C)
-        variances = self.running_var.repeat(self.splits, 1)
+        splits = min(self.splits, max(1, len(x) // 2))  # an incomplete last batch may be short; one row has no variance
+        means = self.running_mean.repeat(splits, 1)  # (S, C)
+        variances = self.running_var.repeat(splits, 1)
         y = torch.cat(
             [
                 F.batch_norm(share, mean, variance, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
-                for share, mean, variance in zip(x.tensor_split(self.splits), means, variances, strict=True)
+                for share, mean, variance in zip(x.tensor_split(splits), means, variances, strict=True)
             ]
         )
         with torch.no_grad():
             self.running_mean.copy_(means.mean(0))
             self.running_var.copy_(variances.mean(0))
             self.num_batches_tracked.add_(1)
-        return self.act(self.drop(y))
+        return _finished(self, y)
 
     def _check_input_dim(self, input: Tensor) -> None: ...
 
@@ -161,7 +162,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Rows (N, C, ...), normalised together with those of the other ranks when training."""
         if not self.training:
-            return self.act(self.drop(_plain(self, x)))
+            return _finished(self, _plain(self, x))
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -183,7 +184,7 @@ class SyncBatchNorm(_BatchNorm):
         y = centred * (gain if self.weight is None else gain * self.weight).view(channels)
         if self.bias is not None:
             y = y + self.bias.view(channels)
-        return self.act(self.drop(y.to(x.dtype)))
+        return _finished(self, y.to(x.dtype))
 
     def _check_input_dim(self, input: Tensor) -> None: ...
 
@@ -197,10 +198,15 @@ class FusedSyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (N, C, ...), normalised together with those of the other ranks when training."""
-        return self.act(self.drop(super().forward(x)))
+        return _finished(self, super().forward(x))
 
 
 def _plain(layer: _BatchNorm, x: Tensor) -> Tensor:
     mean, variance = layer.running_mean, layer.running_var
     y: Tensor = F.batch_norm(x, mean, variance, layer.weight, layer.bias, False, 0.0, layer.eps)
     return y
+
+
+def _finished(layer: "SplitBatchNorm | SyncBatchNorm | FusedSyncBatchNorm", y: Tensor) -> Tensor:
+    done: Tensor = layer.act(layer.drop(y))
+    return done

@@ -17,4 +17,5 @@ def interleave(views: Sequence[Tensor]) -> Tensor:
 
 def separate(rows: Tensor, views: int) -> tuple[Tensor, ...]:
     """Undo `interleave`: (B*V, ...) as V tensors (B, ...)."""
-    return rows.unflatten(0, (-1, views)).unbind(1)
+    apart: tuple[Tensor, ...] = rows.unflatten(0, (-1, views)).unbind(1)
+    return apart

@@ -58,9 +58,6 @@ class Colours:
     threshold: F32
     """(B,) values from here on are inverted."""
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def rows(self, which: slice) -> "Colours":
         """The draws of some of the crops."""
         return Colours(*(column[which] for column in self._columns()))

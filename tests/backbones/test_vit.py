@@ -75,7 +75,10 @@ def test_sizes():
 @pytest.mark.golden
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("vit_small_stopgrad", {"size": "small", "heads": 12, "freeze_patch_embed": True}), ("vit_base", {"size": "base"})],
+    [
+        ("vit_small_stopgrad", {"size": "small", "heads": 12, "freeze_patch_embed": True}),
+        ("vit_base", {"size": "base"}),
+    ],
 )
 def test_start_of_mocov3(golden, name, settings):
     """Bounds and spread of every tensor as the authors draw it; the draws themselves differ."""

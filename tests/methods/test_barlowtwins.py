@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sslcli import dist
-from sslcli.config.optim import ParamRule
+from sslcli.config import load
 from sslcli.config.optim import Lars as LarsConfig
+from sslcli.config.optim import ParamRule
 from sslcli.contracts import Backbone, Batch, Progress, RunFacts
 from sslcli.engine.optim import make_optimizer, param_groups
 from sslcli.errors import UserError
@@ -155,3 +156,30 @@ def test_heads():
 def test_a_single_image_is_refused():
     with pytest.raises(UserError, match="`barlowtwins` compares the images of a forward pass"):
         barlowtwins.build(barlowtwins.Config(dim=8, hidden=8), Tiny(), RunFacts(100, 1, 1, 5, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "epochs", "gpus"),
+    [
+        ("barlowtwins-r50-100e", 8, 100, 8),
+        ("barlowtwins-r50-300e", 1, 300, 8),
+        ("barlowtwins-r50-1000e", 1, 1000, 16),
+    ],
+)
+def test_recipes(name, parts, epochs, gpus):
+    preset = load.load("pretrain", name).preset
+    assert (preset.data.batch_size, preset.run.accumulate, preset.run.epochs) == (2048, parts, epochs)
+    assert preset.method == barlowtwins.Config()
+    assert preset.optim.effective_lr(2048) == pytest.approx(1.6)
+    assert preset.optim.weight_decay == 1e-6
+    official = gpus == 16
+    assert preset.optim.variant == ("lr_outside" if official else "lr_inside")
+    (rule,) = preset.optim.rules
+    assert rule.lr_scale == pytest.approx(0.024 / gpus)  # their gradient is the true one over the number of GPUs
+    assert (rule.one_dim, rule.weight_decay, rule.adapt) == (True, 0, False)
+    schedule = preset.schedule
+    assert (schedule.name, schedule.by, schedule.end, schedule.warmup.epochs) == ("cosine", "step", 0.001, 10)
+    assert (schedule.warmup.start, schedule.warmup.subtract) == ((0, True) if official else (1.6e-4, False))
+    assert preset.run.batch_norm == "global"
+    assert preset.backbone.zero_init_residual
+    assert preset.views == load.load("pretrain", "byol-r50-200e").preset.views

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sslcli.config import load
 from sslcli.contracts import Backbone, Batch, Progress, RunFacts
 from sslcli.engine.optim import Lars
 from sslcli.errors import UserError
@@ -195,3 +196,46 @@ def test_collapse_shows():
 def test_a_single_image_is_refused():
     with pytest.raises(UserError, match="`byol` compares the images of a forward pass, which here holds only 1"):
         byol.build(byol.Config(), Tiny(), facts(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "parts", "epochs", "lr", "momentum"),
+    [
+        ("byol-r50-100e", 4096, 16, 100, 7.2, 0.99),
+        ("byol-r50-200e", 4096, 16, 200, 4.8, 0.99),
+        ("byol-r50-300e", 4096, 16, 300, 4.8, 0.99),
+        ("byol-r50-accum2-100e", 4096, 2, 100, 7.2, 0.99),
+        ("byol-r50-accum2-200e", 4096, 2, 200, 4.8, 0.99),
+        ("byol-r50-accum2-300e", 4096, 2, 300, 4.8, 0.99),
+        ("byol-r50-4096-200e", 4096, 1, 200, 4.8, 0.99),
+        ("byol-r50-256-200e", 256, 1, 200, 0.2, 0.996),
+        ("byol-r50-1000e", 4096, 1, 1000, 3.2, 0.996),
+    ],
+)
+def test_recipes(name, batch, parts, epochs, lr, momentum):
+    preset = load.load("pretrain", name).preset
+    assert (preset.data.batch_size, preset.run.accumulate, preset.run.epochs) == (batch, parts, epochs)
+    assert preset.optim.effective_lr(batch) == pytest.approx(lr)
+    assert preset.method == byol.Config(momentum=momentum, last_bias=name == "byol-r50-256-200e")
+    assert preset.run.batch_norm == (32 if name == "byol-r50-256-200e" else "global")
+    official = name == "byol-r50-1000e"
+    assert preset.optim.variant == ("lr_outside" if official else "lr_inside")
+    assert preset.optim.weight_decay == (1.5e-6 if momentum == 0.996 else 1e-6)
+    assert preset.schedule.by == ("step" if official else "epoch")
+    assert preset.schedule.warmup.subtract == official
+    assert preset.schedule.warmup.epochs == (2 if batch == 256 else 10)
+    (rule,) = preset.optim.rules
+    assert (rule.one_dim, rule.weight_decay, rule.adapt) == (True, 0, False)
+    one, two = preset.views.groups
+    for group in (one, two):
+        assert (group.size, group.scale, group.interpolation, group.grey) == (224, (0.08, 1.0), "bicubic", 0.2)
+        jitter = group.jitter
+        assert (jitter.p, jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (
+            0.8,
+            0.4,
+            0.4,
+            0.2,
+            0.1,
+        )
+    assert (one.blur.p, one.solarize, two.blur.p, two.solarize.p) == (1.0, None, 0.1, 0.2)
+    assert preset.backbone.zero_init_residual is False

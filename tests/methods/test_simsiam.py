@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sslcli.config import load
 from sslcli.config.optim import Sgd
 from sslcli.contracts import Backbone, Batch, Progress, RunFacts
 from sslcli.engine.optim import make_optimizer, param_groups, set_lr
@@ -77,7 +78,8 @@ def test_loss_and_gradient(golden, name):
     np.testing.assert_allclose(loss.item(), case[f"{reference or 'out_'}loss"], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(p1.grad.numpy(), case[f"{reference}grad_p1"], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(p2.grad.numpy(), case[f"{reference}grad_p2"], rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(2 * loss.item(), case["alt_sololearn_sum_loss"], rtol=1e-7, atol=1e-9)
+    if not reference:
+        np.testing.assert_allclose(2 * loss.item(), case["alt_sololearn_sum_loss"], rtol=1e-9)
 
 
 @pytest.mark.golden
@@ -92,7 +94,6 @@ def test_training_trajectory(golden, name):
     assert start.keys() == names - {"encoder.fc.6.bias"}
     for key, value in start.items():
         value.copy_(torch.as_tensor(case[f"init/{key}"]))
-    method.projector[7].running_mean.sub_(offset * 0)
     lr, epochs = float(case["param_init_lr"]), int(case["param_epochs"])
     cfg = Sgd(lr=lr, momentum=float(case["param_momentum"]), weight_decay=float(case["param_weight_decay"]))
     groups = param_groups(method.named_parameters(), cfg, method.param_rules())
@@ -144,3 +145,22 @@ def test_the_loss_does_not_care_which_view_comes_first():
 def test_a_single_image_is_refused():
     with pytest.raises(UserError, match="`simsiam` compares the images of a forward pass"):
         simsiam.build(simsiam.Config(), Tiny(), RunFacts(100, 16, 1, 5, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "lr"),
+    [
+        ("simsiam-r50-100e", 256, 100, 0.05),
+        ("simsiam-r50-200e", 256, 200, 0.05),
+        ("simsiam-r50-512-100e", 512, 100, 0.1),
+    ],
+)
+def test_recipes(name, batch, epochs, lr):
+    preset = load.load("pretrain", name).preset
+    assert (preset.data.batch_size, preset.run.epochs, preset.run.batch_norm) == (batch, epochs, "global")
+    assert preset.method == simsiam.Config()
+    assert preset.optim == Sgd(lr=0.05, per=256, momentum=0.9, weight_decay=1e-4)
+    assert preset.optim.effective_lr(batch) == pytest.approx(lr)
+    assert (preset.schedule.name, preset.schedule.by, preset.schedule.warmup) == ("cosine", "epoch", None)
+    assert preset.backbone.zero_init_residual
+    assert preset.views == load.load("pretrain", "mocov2-r50-200e").preset.views  # the authors use MoCo v2's

@@ -164,6 +164,14 @@ def test_rows_of_several_views_are_split_by_images():
     torch.testing.assert_close(net(rows), torch.cat([plain(rows[:4]), plain(rows[4:])]))
 
 
+def test_an_incomplete_batch_gives_smaller_groups_and_then_fewer():
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    group_batch_norm(net, local=16, group=4)
+    plain, rows = nn.BatchNorm1d(3), torch.randn(10, 3)
+    torch.testing.assert_close(net(rows), torch.cat([plain(share) for share in rows.split([3, 3, 2, 2])]))
+    torch.testing.assert_close(net(rows[:5]), torch.cat([plain(share) for share in rows[:5].split([3, 2])]))
+
+
 def test_timms_fused_activation_is_kept():
     from timm.layers import BatchNormAct2d
 

@@ -1,0 +1,77 @@
+"""Two ranks with half the batch each do what one rank does with all of it.
+
+For methods whose losses see the images of all ranks, with batch norm over all of them. Methods whose keys are shuffled
+or whose batch norm is per GPU have tests of their own.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sslcli import dist
+from sslcli.backbones import resnet
+from sslcli.config import choice
+from sslcli.contracts import Batch, Method, Progress, RunFacts
+from sslcli.nn.norm import group_batch_norm
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "barlowtwins": {"dim": 12, "hidden": 16},
+    "byol": {"dim": 8, "hidden": 16},
+    "mocov3": {"dim": 8, "hidden": 16},
+    "simclr": {"dim": 8},
+    "simsiam": {"dim": 16, "bottleneck": 8},
+    "vicreg": {"dim": 12, "hidden": 16},
+}
+BATCH = 16
+STEPS = 3
+
+
+def build(name: str) -> Method[Any]:
+    torch.manual_seed(0)
+    cfg = choice.module("sslcli.methods", name).Config(**SETTINGS[name])
+    backbone = resnet.build(resnet.Config(depth=10, width=4, stem="small"))
+    facts = RunFacts(images=64, batch_size=BATCH, part_size=BATCH, steps_per_epoch=4, total_steps=8)
+    method: Method[Any] = choice.build("sslcli.methods", cfg)(cfg, backbone, facts)
+    method.copy_student()
+    group_batch_norm(method, local=BATCH // dist.world(), group="global")
+    return method.double()
+
+
+def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Losses averaged over ranks, gradients of the first step, and all state after three steps."""
+    method = build(name)
+    wrapped = dist.wrap(method)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    losses: list[Tensor] = []
+    gradients: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        views = torch.randn(2, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
+        mine = views.chunk(dist.world(), dim=1)[dist.rank()]
+        at = Progress(step=step, total=8, steps_per_epoch=4, seed=0)
+        optimizer.zero_grad()
+        result = wrapped(Batch(views=list(mine), index=torch.arange(mine.shape[1])), at)
+        result.loss.backward()
+        losses.append(dist.mean(result.loss))
+        gradients = gradients or {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
+        optimizer.step()
+        method.after_step(at)
+    return torch.stack(losses), gradients, method.state_dict()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_ranks_equal_one(two_ranks, name):
+    losses, gradients, state = trained(name)
+    answers = two_ranks(trained, name)
+    assert [key for key in state if not torch.equal(answers[0][2][key], answers[1][2][key])] == []
+    for found_losses, found_gradients, found_state in answers:
+        torch.testing.assert_close(found_losses, losses, rtol=1e-9, atol=1e-9)
+        for found, wanted in ((found_gradients, gradients), (found_state, state)):
+            assert found.keys() == wanted.keys()
+            for key in wanted:
+                torch.testing.assert_close(
+                    found[key], wanted[key], rtol=1e-7, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}"
+                )
