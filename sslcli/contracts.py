@@ -172,6 +172,17 @@ class Method(nn.Module, ABC, Generic[C]):
     def copy_student(self) -> None:
         """Copy the student into its slow twin: called once, after all initialisation and loading."""
 
+    def vitals(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What the method itself knows of its health: detached scalars, from two views of a few training images.
+
+        Called now and then in evaluation mode, without gradient; nothing may change. The names that are judged:
+        `spread` of what the loss compares (`sslcli.nn.spread`), `cluster_use` (entropy of the mean assignment to K
+        clusters, over ln K: 0 when all images are in one) and `cluster_certainty` (1 minus the mean entropy of single
+        assignments over ln K: 0 when no image prefers any). Others, such as the `agreement` of teacher and student, are
+        recorded.
+        """
+        return {}
+
     def exported(self) -> Backbone:
         """The network worth keeping."""
         return self.backbone

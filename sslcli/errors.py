@@ -6,6 +6,7 @@ SslError                 something failed                          exit 1
 │   ├── DataError        the images are not what the job needs
 │   └── WeightsError     a weights file or checkpoint cannot be used
 ├── DivergedError        the numbers stopped being numbers         exit 1
+├── CollapsedError       the features say the same of every image  exit 1
 └── StoppedOnRequest     a signal asked us to stop; resumable      exit 75
 """
 
@@ -46,6 +47,10 @@ class WeightsError(UserError):
 
 class DivergedError(SslError):
     """The loss or the gradient is no longer finite."""
+
+
+class CollapsedError(SslError):
+    """The network no longer tells images apart, and the preset says to stop then."""
 
 
 class StoppedOnRequest(SslError):

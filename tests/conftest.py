@@ -64,6 +64,21 @@ def small_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished SimCLR run of four steps on 64 coloured digits, with checkpoints after each two."""
+    from sslcli.config.load import load
+    from sslcli.engine.pretrain import pretrain
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    settings = (
+        "data.source.count=64", "data.batch_size=32", "run.epochs=2", "run.views=fast", "run.tensorboard=false",
+        "backbone.width=8",
+    )  # fmt: skip
+    pretrain(load("pretrain", "demo-digits", settings).preset, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Any]:
     """`two_ranks(function, *args)`: what a function of a test file returns on each rank of a group of two processes."""
     yield from _pool(2)

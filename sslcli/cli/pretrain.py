@@ -139,8 +139,8 @@ def _check_before_launch(
     from sslcli.engine.resume import found_in, same_experiment, writable
 
     found = found_in(folder, resume)
-    writable(folder)
     source = open_source(preset.data.source)
+    writable(folder)
     if found is not None:
         same_experiment(found[1], preset, source, folder)
     check_batch(preset, len(source), ranks)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from sslcli.config.base import BackboneConfig, EvaluatorConfig, MethodConfig, Settings
 from sslcli.config.choice import chosen_from
@@ -61,6 +61,19 @@ class Checkpoints(Settings):
     """Which ones stay."""
 
 
+class Monitor(Settings):
+    """Looks at a few training images now and then, without disturbing training: are they still told apart?"""
+
+    every_epochs: Positive | None = 1.0
+    """Epochs between looks, not necessarily whole; there is one more at the end. Null: none at all."""
+    images: Annotated[int, Field(ge=16)] = 512
+    """How many images, always the same ones."""
+    knn: bool = True
+    """Where images have labels, also let nearest neighbours vote."""
+    knn_images: Annotated[int, Field(ge=16)] = 1000
+    """How many images vote; of a data set with many classes, as many classes as give 20 images each."""
+
+
 class Run(Settings):
     """How long, in what arithmetic, on how many images at once."""
 
@@ -92,8 +105,14 @@ class Run(Settings):
     """Steps between log lines; the device is not synchronised in between."""
     checkpoints: Annotated[Checkpoints, Operational()] = Checkpoints()
     """When the state is written and which files stay."""
+    monitor: Annotated[Monitor | None, Operational()] = Monitor()
+    """Looks at the features on the way; null: none."""
+    on_collapse: Annotated[Literal["warn", "stop"], Operational()] = "warn"
+    """What happens when two looks in a row find the features collapsed."""
     tensorboard: Annotated[bool, Operational()] = True
     """Write TensorBoard event files."""
+    loggers: Annotated[tuple[Literal["wandb", "mlflow"], ...], Operational()] = ()
+    """Services that get the metrics too; each needs its package, e.g. `pip install 'sslcli[wandb]'`."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Run":

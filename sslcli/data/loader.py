@@ -1,5 +1,6 @@
 """Batches in their order: a function of the seed, the epoch and the step, whatever the number of ranks and workers."""
 
+import atexit
 import math
 import signal
 import sys
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sslcli import seeds
 from sslcli.data.source import I64, U8, Source, UnreadableImage
@@ -131,8 +133,7 @@ class Loader:
         choose = _Choice(self.images, total, seeds.seed_of(seed, "fraction"))
         self._choose = choose
         self._maker = _Maker(source, look, choose, seed)
-        self._plan = _Plan()
-        self._processes = None if look is None or workers == 0 else _processes(self._maker, self._plan, workers, pin)
+        self._processes = None if look is None or workers == 0 else _Processes(self._maker, workers, pin)
         self._running: Generator[HostBatch, None, None] | None = None
 
     def epoch(self, epoch: int, start: int = 0, weights: npt.NDArray[np.floating] | None = None) -> Iterator[HostBatch]:
@@ -143,8 +144,7 @@ class Loader:
         """
         if self._running is not None:
             self._running.close()
-        self._plan.requests = self._requests(epoch, start, weights)
-        self._running = self._batches()
+        self._running = self._batches(self._requests(epoch, start, weights))
         return self._running
 
     def indices(self, epoch: int, step: int) -> I64:
@@ -152,10 +152,11 @@ class Loader:
         return self._permuted(epoch, self._positions(step))
 
     def close(self) -> None:
-        """End the epoch and the processes; a later epoch would be made in this one."""
+        """End the epoch and the processes."""
         if self._running is not None:
             self._running.close()
-        self._processes = None  # torch's loader ends its processes when nothing refers to it any more
+        if self._processes is not None:
+            self._processes.close()
 
     def _requests(self, epoch: int, start: int, weights: npt.NDArray[np.floating] | None) -> Iterator[_Request]:
         order = partial(self._permuted, epoch) if weights is None else self._sampled(epoch, weights)
@@ -192,26 +193,17 @@ class Loader:
 
         return order
 
-    def _batches(self) -> Generator[HostBatch, None, None]:
-        if self._processes is None:
-            for request in self._plan:
-                batch = _or_raise(self._maker[request])
-                yield batch.pin_memory() if self._pin else batch
-            return
-        made = _started(self._processes)
-        while True:
-            try:
-                coming = next(made, None)
-            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-                if not _is_death(error):
-                    raise
-                raise SslError(
-                    "a loader process died: out of memory, or of shared memory (`df -h /dev/shm`)",
-                    hint="try fewer (`data.workers=1`), a smaller batch, or none (`data.workers=0`)",
-                ) from error
-            if coming is None:
-                return
-            yield _or_raise(coming)
+    def _batches(self, requests: Iterator[_Request]) -> Generator[HostBatch, None, None]:
+        if self._processes is not None:
+            made = self._processes.made(requests)
+        elif self._pin:
+            made = (_pinned(self._maker[request]) for request in requests)
+        else:
+            made = (self._maker[request] for request in requests)
+        for batch in made:
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message, hint=batch.hint)
+            yield batch
 
 
 def _check_shares(batch_size: int, world: int) -> None:
@@ -242,17 +234,6 @@ class _Choice:
     def __call__(self, numbers: I64) -> I64:
         """From numbers below `images` to images of the source."""
         return numbers if self.images == self._total else seeds.permuted(numbers, self._total, self._key)
-
-
-@final
-class _Plan:
-    """The batches that are wanted next; torch's loader asks for them anew at each epoch."""
-
-    def __init__(self) -> None:
-        self.requests: Iterable[_Request] = ()
-
-    def __iter__(self) -> Iterator[_Request]:
-        return iter(self.requests)
 
 
 @final
@@ -317,7 +298,7 @@ class _Maker(Dataset[HostBatch | _Failure]):
         index, reason = skipped[-1]
         raise DataError(
             f"{SUBSTITUTES + 1} images in a row cannot be read, the last `{self._source.name(index)}`: {reason}",
-            hint="`ssl data check` says what is wrong with each of them",
+            hint="point `data.source` to other images, or repair these",
         )
 
     def _read_once(self, index: int) -> U8:
@@ -334,50 +315,92 @@ class _Maker(Dataset[HostBatch | _Failure]):
         return None if labels is None else torch.from_numpy(labels[rows])
 
 
-def _or_raise(made: HostBatch | _Failure) -> HostBatch:
-    if isinstance(made, _Failure):
-        raise DataError(made.message, hint=made.hint)
-    return made
+def _pinned(made: HostBatch | _Failure) -> HostBatch | _Failure:
+    return made if isinstance(made, _Failure) else made.pin_memory()
 
 
-def _processes(maker: _Maker, plan: _Plan, workers: int, pin: bool) -> DataLoader[HostBatch | _Failure]:
-    """Torch's loader, with one of our batches as an item; its processes start with the first epoch."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*suggested max number of worker")  # the number is the user's choice
-        return DataLoader(
-            maker,
-            batch_size=None,
-            sampler=plan,
-            num_workers=workers,
-            persistent_workers=True,
-            pin_memory=pin,
-            worker_init_fn=_leave_signals_alone,
-            generator=torch.Generator(),  # or the loader would draw from the generator that everyone shares
-            multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
-        )
+@final
+class _Plan:
+    """The batches that are wanted next; torch's loader asks for them anew at each epoch."""
+
+    def __init__(self) -> None:
+        self.requests: Iterable[_Request] = ()
+
+    def __iter__(self) -> Iterator[_Request]:
+        return iter(self.requests)
 
 
-def _started(processes: DataLoader[HostBatch | _Failure]) -> Iterator[HostBatch | _Failure]:
-    """The batches of the plan, with no surprises for the rest of the program."""
-    before = signal.getsignal(signal.SIGCHLD)
-    with warnings.catch_warnings():
-        # Python 3.12 and later warn of forking beside threads; the processes use none of those
-        warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
-        made = iter(processes)
-    if before is not None and threading.current_thread() is threading.main_thread():
-        # torch's handler raises wherever the program happens to be when a process dies, such as amid a checkpoint; the
-        # loader also notices by itself within seconds
-        signal.signal(signal.SIGCHLD, before)
-    return made
+@final
+class _Processes:
+    """Torch's loader, with one of our batches as an item and no surprises for the rest of the program.
+
+    The processes start with the first epoch, last until `close`, and end when this process does.
+    """
+
+    def __init__(self, maker: _Maker, workers: int, pin: bool) -> None:
+        self._plan = _Plan()
+        self._running: _MultiProcessingDataLoaderIter | None = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*suggested max number of worker")  # the user chose the number
+            self._torch = DataLoader(
+                maker,
+                batch_size=None,
+                sampler=self._plan,
+                num_workers=workers,
+                persistent_workers=True,
+                pin_memory=pin,
+                generator=torch.Generator(),  # or the loader would draw from the generator that everyone shares
+                multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
+            )
+
+    def made(self, requests: Iterable[_Request]) -> Iterator[HostBatch | _Failure]:
+        """The batches asked for, in order; raises SslError when a process dies."""
+        self._plan.requests = requests
+        batches = self._started()
+        while True:
+            try:
+                batch = next(batches, None)
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if not _is_death(error):
+                    raise
+                raise SslError(
+                    "a loader process died: out of memory, or of shared memory (`df -h /dev/shm`)",
+                    hint="try fewer (`data.workers=1`), a smaller batch, or none (`data.workers=0`)",
+                ) from error
+            if batch is None:
+                return
+            yield batch
+
+    def close(self) -> None:
+        """End the processes, however the epoch ended: an exception may still hold on to torch's loader."""
+        if self._running is not None:
+            self._running._shutdown_workers()  # what torch does when nothing refers to the loader any more
+            self._running = None
+            atexit.unregister(self.close)
+
+    def _started(self) -> Iterator[HostBatch | _Failure]:
+        before = signal.getsignal(signal.SIGCHLD)
+        with warnings.catch_warnings():
+            # Python 3.12 and later warn of forking beside threads; the processes use none of those
+            warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
+            # A signal to the whole group is for the main process to answer; what starts with it blocked never sees it
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+            try:
+                batches = iter(self._torch)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if before is not None and threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the program happens to be when a process dies, such as amid a checkpoint;
+            # its loader also notices by itself within seconds
+            signal.signal(signal.SIGCHLD, before)
+        if self._running is None:
+            assert isinstance(batches, _MultiProcessingDataLoaderIter), "there are workers"
+            self._running = batches
+            atexit.register(self.close)  # or Python would wait at its end for processes deaf to its SIGTERM
+        return batches
 
 
 def _is_death(error: Exception) -> bool:
     """Whether a process is gone: torch says so, or the pipe to it ends. What was raised in one begins with `Caught`."""
     text = str(error)
     return not text.startswith("Caught") and (not isinstance(error, RuntimeError) or "DataLoader worker (pid" in text)
-
-
-def _leave_signals_alone(worker: int) -> None:
-    """Let the main process alone decide what a signal to the whole group means; processes end when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

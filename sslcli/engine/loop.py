@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from sslcli.config.schedule import factor
 from sslcli.contracts import Batch, Look, Method, Progress, StepResult
 from sslcli.engine.checkpoint import State, Store
 from sslcli.engine.feed import Feed
+from sslcli.engine.monitor import Monitor
 from sslcli.engine.optim import set_lr
 from sslcli.engine.record import Note, Record
 from sslcli.errors import DivergedError, StoppedOnRequest
@@ -55,6 +57,7 @@ def fit(
     at: Progress,
     *,
     look: Look,
+    monitor: Monitor,
     record: Record,
     store: Store,
     checkpoint: Callable[[Progress], State],
@@ -64,6 +67,7 @@ def fit(
 
     Raises:
         DivergedError: the loss or the gradient is not finite.
+        CollapsedError: the network stopped telling images apart, and the preset says to stop then.
         StoppedOnRequest: a signal asked to stop; a checkpoint has been written.
     """
     method, run = training.method, preset.run
@@ -76,9 +80,13 @@ def fit(
         for batch in feed.epoch(at, method.sample_weights()):
             result, norm, lr = step(training, batch, at, preset)
             at = at.next()
+            record.reached(at)
             meter.add(at.step, result, norm)
             if at.step % run.log_every == 0 or at.done:
                 record.note(meter.note(at, lr, feed), at)
+            if monitor.due(at):
+                with meter.paused():
+                    monitor.look(at, result.scalars)
             stopping = dist.any_rank(stop_asked())
             if at.step % every == 0 or at.done or stopping:
                 meter.check(at)
@@ -206,6 +214,15 @@ class Meter:
         self._in_a_row = torch.where(wrong, self._in_a_row + 1.0, 0.0)
         first = torch.where(self._in_a_row > self._tolerated, float(step), torch.inf)
         self._bad = first if self._bad is None else torch.minimum(self._bad, first)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - begun
 
     def note(self, at: Progress, lr: float, feed: Feed) -> Note:
         """Averages since the last note, over ranks; waits for the device once.

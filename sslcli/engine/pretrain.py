@@ -16,8 +16,18 @@ from sslcli.config.presets import PretrainPreset
 from sslcli.contracts import Progress
 from sslcli.data import open_source
 from sslcli.engine import checkpoint, loop, machine
-from sslcli.engine.build import facts_of, faster_reading, feed_of, loader_of, look_of, method_of, training_of
+from sslcli.engine.build import (
+    facts_of,
+    faster_reading,
+    feed_of,
+    images_per_rank,
+    loader_of,
+    look_of,
+    method_of,
+    training_of,
+)
 from sslcli.engine.feed import Feed
+from sslcli.engine.monitor import Monitor
 from sslcli.engine.plan import check_batch, summary
 from sslcli.engine.record import Record, Silent, Watcher
 from sslcli.engine.resume import found_in, same_experiment, state_of, writable
@@ -60,12 +70,13 @@ def pretrain(
     Raises:
         UserError: the folder holds another experiment, cannot be written, or the preset does not fit data or machine.
         DivergedError: the numbers broke.
+        CollapsedError: the features did, and the preset says to stop then.
         StoppedOnRequest: a signal stopped the run after writing a checkpoint.
     """
     found = found_in(folder, resume)
     stored = None if found is None else found[1]
-    writable(folder)
     source = open_source(preset.data.source)
+    writable(folder)
     if stored is not None:
         preset = same_experiment(stored, preset, source, folder)
         if stored["progress"]["step"] >= stored["progress"]["total"]:
@@ -79,7 +90,14 @@ def pretrain(
         resident=source.resident() is not None,
         reading=preset.run.views or faster_reading(source, views, preset.data.batch_size),
     )
-    record = Record(folder, preset.data.batch_size, watcher or Silent(), draw=draw, tensorboard=preset.run.tensorboard)
+    record = Record(
+        folder,
+        preset.data.batch_size,
+        watcher or Silent(),
+        draw=draw,
+        tensorboard=preset.run.tensorboard,
+        loggers=preset.run.loggers,
+    )
     with closing(loader_of(preset, source, views)) as loader, record, stop_signals() as stop_asked:
         facts = facts_of(preset, images=loader.images, steps_per_epoch=loader.steps_per_epoch)
         method = method_of(preset, facts)
@@ -106,6 +124,14 @@ def pretrain(
                     preset,
                     at,
                     look=look_of(method, source, preset),
+                    monitor=Monitor(
+                        method,
+                        source,
+                        preset,
+                        images_at_once=images_per_rank(preset),
+                        steps_per_epoch=facts.steps_per_epoch,
+                        record=record,
+                    ),
                     record=record,
                     store=store,
                     checkpoint=partial(state_of, training, preset, facts, source),
@@ -116,7 +142,7 @@ def pretrain(
             raise
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            record.status(state, at, str(error).partition("\n")[0] or type(error).__name__)
+            record.status(state, record.at or at, str(error).partition("\n")[0] or type(error).__name__)
             raise
         record.skipped(feed.skipped, source.name)
         record.status("finished", at)

@@ -1,11 +1,14 @@
 """What a run leaves behind while it goes: metrics, status, log, pictures. Only rank 0 writes."""
 
 import json
+import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +19,14 @@ from sslcli.config.presets import PretrainPreset, as_data
 from sslcli.config.yaml_file import dump
 from sslcli.contracts import Progress
 from sslcli.engine import machine
+from sslcli.engine.health import Verdict
+from sslcli.engine.loggers import Logger, first_line, open_logger
+
+METRICS, HEALTH = "metrics.jsonl", "health.jsonl"
+BEAT = 15.0
+"""Seconds between signs of life in `status.json`, however long a step takes."""
+DRAW = 60.0
+"""Seconds between pictures, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +42,8 @@ class Note:
     data_wait: float
     memory_gb: float
     scalars: Mapping[str, float] = field(default_factory=dict)
+    health: str = ""
+    """What the latest look at the features found, in a few words."""
 
 
 class Watcher(Protocol):
@@ -63,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Record:
-    """The run folder, as its run writes it."""
+    """The run folder, as its run writes it. Nothing here makes the run wait for a picture or a service."""
 
     def __init__(
         self,
@@ -73,18 +86,31 @@ class Record:
         *,
         draw: Callable[[Path], None] | None = None,
         tensorboard: bool = True,
+        loggers: Sequence[str] = (),
     ) -> None:
         self.folder = folder
+        self.at: Progress | None = None
+        """How far the run has come."""
         self._batch_size = batch_size
         self._watcher = watcher if dist.is_main() else Silent()
         self._draw = draw if dist.is_main() else None
-        self._tensorboard = tensorboard and dist.is_main()
-        self._events: Any = None
-        self._drawn = 0.0
+        self._wanted = (*(["tensorboard"] if tensorboard else []), *loggers) if dist.is_main() else ()
+        self._loggers: dict[str, Logger] = {}
+        self._state, self._message = "", ""
         self._last: dict[str, Any] = {}
+        self._health: tuple[Verdict, str] | None = None
+        self._writing = threading.Lock()
+        self._closed = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="record")
+        self._drawing, self._drawn = False, -math.inf
 
     def open(self, preset: PretrainPreset, at: Progress) -> None:
-        """Write what is known at the start; forget metrics of steps that will be taken again."""
+        """Write what is known at the start; forget metrics of steps that will be taken again.
+
+        Raises:
+            UserError: a service that is to get the metrics cannot be used.
+        """
         if not dist.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,19 +118,22 @@ class Record:
         write_text(self.folder / "env.json", json.dumps(machine.environment(), indent=2) + "\n")
         with (self.folder / "command.txt").open("a", encoding="utf-8") as file:
             file.write(f"{_now()}  {machine.command()}\n")
-        _forget_after(self.folder / "metrics.jsonl", at.step)
-        if self._tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._events = SummaryWriter(self.folder / "tensorboard", purge_step=at.step + 1)
+        _forget_after(self.folder / METRICS, at.step)
+        _forget_after(self.folder / HEALTH, at.step)
+        for name in self._wanted:
+            self._loggers[name] = open_logger(name, self.folder, preset, at.step)
         self.status("running", at)
+        self._heart.start()
 
     def say(self, text: str) -> None:
         """One line for the terminal and the log."""
         self._watcher.say(text)
         if dist.is_main() and self.folder.is_dir():
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{_now()}  {text}\n")
+            self._log(text)
+
+    def reached(self, at: Progress) -> None:
+        """The run has come this far."""
+        self.at = at
 
     def note(self, note: Note, at: Progress) -> None:
         """Metrics of the last few steps."""
@@ -112,39 +141,43 @@ class Record:
             return
         eta = (at.total - at.step) * self._batch_size / note.images_per_second
         row = {**asdict(note), **note.scalars, "time": _now()}
-        del row["scalars"]
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._events is not None:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name, value, note.step)
-        self._last = {"loss": note.loss, "images_per_second": note.images_per_second, "eta_seconds": round(eta)}
+        del row["scalars"], row["health"]
+        _append(self.folder / METRICS, row)
+        self._publish({name: value for name, value in row.items() if isinstance(value, float)}, note.step)
+        self._last |= {"loss": note.loss, "images_per_second": note.images_per_second, "eta_seconds": round(eta)}
         self.status("running", at)
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{_now()}  {line_of(note, at, eta)}\n")
+        if self._health is not None:
+            note = replace(note, health=self._health[1])
+        self._log(line_of(note, at, eta))
         self._watcher.progress(note, at, eta)
-        if self._draw is not None and time.monotonic() - self._drawn > 30:
-            self._draw(self.folder)
-            self._drawn = time.monotonic()
+        if self._draw is not None and not self._drawing and time.monotonic() - self._drawn > DRAW:
+            self._drawing = True
+            self._aside.submit(self._redraw, self._draw)
+
+    def health(self, verdict: Verdict, vitals: Mapping[str, float], at: Progress) -> None:
+        """What a look at the features found; the terminal hears of it when the verdict changes."""
+        if not dist.is_main():
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in vitals.items()}
+        row = {"step": at.step, "epoch": _epochs(at.step, at), "health": verdict.word, "advice": verdict.advice}
+        _append(self.folder / HEALTH, {**row, **finite, "time": _now()})
+        self._publish({f"health/{name}": value for name, value in vitals.items()}, at.step)
+        words = verdict.word + (f"  knn {vitals['knn']:.1f} %" if "knn" in vitals else "")
+        before, self._health = self._health, (verdict, words)
+        self._last |= {"health": verdict.word, "advice": verdict.advice, "knn": finite.get("knn")}
+        self.status("running", at)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in vitals.items())
+        self._log(f"health at step {at.step}: {verdict.word}  {values}")
+        if verdict.advice and (before is None or before[0] != verdict):
+            self.say(f"warning: health at step {at.step}: {verdict.word}: {verdict.advice}")
+        elif before is not None and before[0].word != verdict.word:
+            self.say(f"health at step {at.step}: {verdict.word} again")
 
     def status(self, state: str, at: Progress, message: str = "") -> None:
         """Refresh `status.json`: what the run is doing, as of now."""
-        if not dist.is_main() or not self.folder.is_dir():
-            return
-        known = {
-            "state": state,
-            "step": at.step,
-            "total": at.total,
-            "epoch": round(at.step / at.steps_per_epoch, 4),
-            "epochs": round(at.total / at.steps_per_epoch, 4),
-            **self._last,
-            "updated": _now(),
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "message": message,
-        }
-        write_text(self.folder / "status.json", json.dumps(known, indent=2) + "\n")
+        with self._writing:
+            self.at, self._state, self._message = at, state, message
+        self._write_status()
 
     def skipped(self, found: Mapping[int, str], names: Callable[[int], str]) -> None:
         """Write the list of unreadable images that any rank met, and say so."""
@@ -156,11 +189,15 @@ class Record:
             self.say(f"warning: {len(merged)} unreadable images were replaced by others; `{path}` names them")
 
     def close(self) -> None:
-        """Finish the event files and the curves."""
-        if self._events is not None:
-            self._events.close()
-        if self._draw is not None and (self.folder / "metrics.jsonl").is_file():
-            self._draw(self.folder)
+        """Finish event files, services and curves."""
+        self._closed.set()
+        if self._heart.is_alive():
+            self._heart.join()
+        self._aside.shutdown()
+        for name in list(self._loggers):
+            self._reach(name, lambda logger: logger.close(self._state == "finished"))
+        if self._draw is not None and (self.folder / METRICS).is_file():
+            self._redraw(self._draw)
 
     def __enter__(self) -> "Record":
         return self
@@ -170,6 +207,57 @@ class Record:
     ) -> None:
         self.close()
 
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT):
+            self._write_status()
+
+    def _write_status(self) -> None:
+        with self._writing:
+            at = self.at
+            if at is None or not dist.is_main() or not self.folder.is_dir():
+                return
+            known = {
+                "state": self._state,
+                "step": at.step,
+                "total": at.total,
+                "epoch": _epochs(at.step, at),
+                "epochs": _epochs(at.total, at),
+                **self._last,
+                "updated": _now(),
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "message": self._message,
+            }
+            write_text(self.folder / "status.json", json.dumps(known, indent=2) + "\n")
+
+    def _log(self, text: str) -> None:
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{_now()}  {text}\n")
+
+    def _publish(self, values: Mapping[str, float], step: int) -> None:
+        for name in list(self._loggers):
+            self._aside.submit(self._reach, name, lambda logger: logger.scalars(values, step))
+
+    def _reach(self, name: str, call: Callable[[Logger], None]) -> None:
+        """Talk to a service; one that fails is given up, for its sake no run of days ends."""
+        logger = self._loggers.get(name)
+        if logger is None:
+            return
+        try:
+            call(logger)
+        except Exception as error:
+            del self._loggers[name]
+            self.say(f"warning: `{name}` gets no more metrics: {first_line(error)}")
+
+    def _redraw(self, draw: Callable[[Path], None]) -> None:
+        """Refresh the pictures; a picture that cannot be drawn is given up too."""
+        try:
+            draw(self.folder)
+        except Exception as error:
+            self._draw = None
+            self.say(f"warning: no more pictures are drawn: {first_line(error)}")
+        self._drawing, self._drawn = False, time.monotonic()
+
 
 def line_of(note: Note, at: Progress, eta: float) -> str:
     """One line of a training log."""
@@ -178,6 +266,7 @@ def line_of(note: Note, at: Progress, eta: float) -> str:
         f"step {note.step}/{at.total}",
         f"loss {note.loss:.4f}",
         *(f"{name} {value:.4g}" for name, value in note.scalars.items()),
+        *([note.health] if note.health else []),
         f"lr {note.lr:.3g}",
         f"grad {note.grad_norm:.3g}",
         f"{note.images_per_second:.0f} img/s",
@@ -197,6 +286,15 @@ def clock(seconds: float) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
+
+
+def _epochs(step: int, at: Progress) -> float:
+    return round(step / at.steps_per_epoch, 4)
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -17,11 +17,14 @@ from sslcli.config.base import EvaluatorConfig
 from sslcli.config.types import Count, Positive
 from sslcli.errors import DataError
 from sslcli.features.table import F32, I64, FeatureTable, Scores, TableEvaluator
+from sslcli.nn.neighbours import votes
 
 QUERIES = 1024
 """Test images per block of similarities."""
 BANK = 16384
-"""Training images per block of similarities."""
+"""Training images per block of similarities on a CPU."""
+BANK_ON_GPU = 131072
+"""The same on a GPU, which has the memory, and to which the test images are sent once per block."""
 
 
 class Config(EvaluatorConfig):
@@ -107,7 +110,7 @@ def neighbours(
     The bank is walked once, block by block; each block is normalised where it is used and merged into the best `k` so
     far. Beside the two tables, memory holds the result (Q x k x 12 bytes), one normalised block of the bank and one of
     the queries, and one block of similarities: for 1.28 million x 2048 features and 50,000 queries at k = 200, that is
-    120 MB + 134 MB + 8 MB + 67 MB, where the full matrix of similarities would take 256 GB.
+    120 MB + 134 MB + 8 MB + 67 MB on a CPU, where the full matrix of similarities would take 256 GB.
 
     Args:
         bank: features of the training images.
@@ -118,13 +121,14 @@ def neighbours(
     """
     best = torch.full((len(queries), k), -torch.inf)
     row = torch.zeros(len(queries), k, dtype=torch.int64)
-    for start in range(0, len(bank), BANK):
-        block = _unit(bank[start : start + BANK], device)  # (n, D)
+    size = BANK if device.type == "cpu" else BANK_ON_GPU
+    for start in range(0, len(bank), size):
+        block = _unit(bank[start : start + size], device)  # (n, D)
         for first in range(0, len(queries), QUERIES):
             rows = slice(first, first + QUERIES)
             similarity = _unit(queries[rows], device) @ block.T  # (q, n)
             if exclude is not None:
-                ours, theirs = exclude[1][rows, None], exclude[0][None, start : start + BANK]
+                ours, theirs = exclude[1][rows, None], exclude[0][None, start : start + size]
                 similarity[torch.from_numpy(ours == theirs).to(device)] = -torch.inf
             value, at = similarity.topk(min(k, len(block)), dim=1)
             merged = torch.cat([best[rows].to(device), value], dim=1)
@@ -132,16 +136,6 @@ def neighbours(
             value, at = merged.topk(k, dim=1)
             best[rows], row[rows] = value.cpu(), place.gather(1, at).cpu()
     return Neighbours(best, row)
-
-
-def votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
-    """Votes (Q, C) of neighbours with these similarities and labels (both (Q, K), best first).
-
-    A neighbour's weight is exp((s - s_1) / temperature), where s_1 is the similarity of the nearest: the common factor
-    changes no ranking and keeps low temperatures finite.
-    """
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    return torch.zeros(len(labels), classes).scatter_add_(1, labels, weights)
 
 
 def place_of(label: Tensor, score: Tensor) -> Tensor:

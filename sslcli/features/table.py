@@ -145,7 +145,10 @@ class FeatureTable:
         if not path.is_file():
             raise DataError(f"no file `{path}`", hint="make it with `ssl features RUN --data DIR --out FILE.npz`")
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file:  # NumPy would leave it open when it cannot read it
+                archive = np.load(file, allow_pickle=False)
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise ValueError("it holds one array")
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"`{path}` is not a whole .npz file: {error}") from error

@@ -6,6 +6,7 @@ A paper that trained with 32 images per GPU and plain batch norm normalised ever
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, final
 
 import torch
@@ -203,8 +204,26 @@ class FusedSyncBatchNorm(nn.SyncBatchNorm):
 
 def _plain(layer: _BatchNorm, x: Tensor) -> Tensor:
     mean, variance = layer.running_mean, layer.running_var
-    y: Tensor = F.batch_norm(x, mean, variance, layer.weight, layer.bias, False, 0.0, layer.eps)
+    y: Tensor = F.batch_norm(x, mean, variance, layer.weight, layer.bias, mean is None, 0.0, layer.eps)
     return y
+
+
+@contextmanager
+def statistics_of_the_batch(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in evaluation mode use the statistics of their input; running ones stay as they are.
+
+    No rank waits for another.
+    """
+    held = [
+        (layer, layer.running_mean, layer.running_var) for layer in module.modules() if isinstance(layer, _BatchNorm)
+    ]
+    try:
+        for layer, _, _ in held:
+            layer.running_mean = layer.running_var = None
+        yield
+    finally:
+        for layer, mean, variance in held:
+            layer.running_mean, layer.running_var = mean, variance
 
 
 def _finished(layer: "SplitBatchNorm | SyncBatchNorm | FusedSyncBatchNorm", y: Tensor) -> Tensor:

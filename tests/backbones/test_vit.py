@@ -174,7 +174,7 @@ def test_drop_path_only_while_training():
 def test_images_that_cannot_be_cut_are_refused():
     with pytest.raises(UserError, match="images of 18 x 18 pixels cannot be cut into patches of 4"):
         build(**TINY)(images(18))
-    with pytest.raises(UserError, match="no tap `blocks.2`"):
+    with pytest.raises(UserError, match=r"no tap `blocks.2`"):
         build(**TINY).taps(images(), ["blocks.2"])
 
 

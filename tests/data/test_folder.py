@@ -93,11 +93,11 @@ def test_links_are_followed_and_circles_are_not(tmp_path: Path) -> None:
 
 def test_names_of_any_script_and_none(tmp_path: Path) -> None:
     put(tmp_path / "tênch фото.png", colour=5)
-    strange = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    strange = os.fsencode(tmp_path) + b"/a\xe9.png"
     os.rename(tmp_path / "tênch фото.png", strange)
     put(tmp_path / "tênch фото.png", colour=6)
     source = open_folder(tmp_path, None, "skip")
-    assert names(source) == ["caf\\xe9.png", "tênch фото.png"]
+    assert names(source) == ["a\\xe9.png", "tênch фото.png"]
     assert [int(source.read(index)[0, 0, 0]) for index in (0, 1)] == [5, 6]
 
 

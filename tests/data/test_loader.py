@@ -1,10 +1,15 @@
 """The order of images: one for any number of ranks and workers, from any step, with and without bad files."""
 
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -339,3 +344,51 @@ def test_a_process_that_dies_is_explained(images: Source) -> None:
         with pytest.raises(SslError, match="a loader process died") as caught:
             list(islice(batches, 100))
         assert "data.workers=0" in (caught.value.hint or "")
+
+
+@pytest.mark.data
+def test_epochs_over_awkward_files(small_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(small_data / "awkward.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    manifest = json.loads((tmp_path / "awkward" / "MANIFEST.json").read_text())
+    source = open_source(Folder(path=tmp_path / "awkward" / "files"))
+    corner = partial(corner_of, side=8)
+    skipped: dict[str, str] = {}
+    with closing(loader(source, look=corner, workers=2, drop_last=False)) as made:
+        here = loader(source, look=corner, drop_last=False)
+        for left, right in zip(here.epoch(0), made.epoch(0), strict=True):
+            assert torch.equal(left.index, right.index)
+            assert torch.equal(left.views[0], right.views[0])
+            skipped |= {source.name(index): reason for index, reason in right.skipped}
+    listed = {source.name(index) for index in range(len(source))}
+    assert set(skipped) == {name for name in listed if manifest[name]["pil"] != "decodes"}
+    assert all(reason and "\n" not in reason for reason in skipped.values())
+
+
+def corner_of(image: np.ndarray, index: int, epoch: int, side: int) -> list[np.ndarray]:
+    seen = np.zeros((3, side, side), dtype=np.uint8)
+    part = image[:side, :side].transpose(2, 0, 1)
+    seen[:, : part.shape[1], : part.shape[2]] = part
+    return [seen]
+
+
+UNCLOSED = """
+import sys
+import numpy as np
+from pathlib import Path
+from sslcli.config.data import Folder
+from sslcli.data import open_source
+from sslcli.data.loader import Loader
+
+loader = Loader(
+    open_source(Folder(path=Path(sys.argv[1]))),
+    batch_size=8, seed=0, look=lambda image, index, epoch: [image[:1, :1]], workers=2,
+)
+print(len(next(loader.epoch(0)).index), flush=True)
+raise SystemExit(7)
+"""
+
+
+def test_a_program_that_forgets_to_close_still_ends(folder: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", UNCLOSED, str(folder)], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (7, "8\n", "")

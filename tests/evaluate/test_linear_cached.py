@@ -59,7 +59,9 @@ def test_two_classes_and_a_class_that_training_lacks():
     found = linear_cached.score(table(rows, labels), table(rows, labels), linear_cached.Config(), seed=0)
     assert found.metrics == {"top1": 100.0, "top5": 100.0}
     unseen = np.where(labels == 1, 7, 0)
-    assert linear_cached.score(table(rows, labels), table(rows, unseen), linear_cached.Config(), 0).metrics["top1"] == 50
+    assert (
+        linear_cached.score(table(rows, labels), table(rows, unseen), linear_cached.Config(), 0).metrics["top1"] == 50
+    )
 
 
 def test_an_unfinished_fit_says_so(digits: tuple[FeatureTable, FeatureTable]):

@@ -1,0 +1,116 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sslcli.cli import app
+from sslcli.cli.evaluate import newest
+from sslcli.errors import UserError
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    return Path("run")
+
+
+def ran(*words: str | Path):
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_a_table_a_report_and_the_next_command(run: Path):
+    done = ran("eval", "knn", run, "--floors")
+    head, first, *_ = done.stdout.splitlines()
+    assert head.split() == ["knn-v1", "raw", "pixels", "untrained", "learned"]
+    assert first.startswith("top1_k10")
+    assert first.count("%") == 3
+    assert "report: run/reports/knn-v1.json" in done.stderr
+    assert "next: ssl eval linear-cached run" in done.stderr
+    report = json.loads((run / "reports" / "knn-v1.json").read_text())
+    assert f"{report['metrics']['top1_k10']:.2f} %" in first
+    assert (run / "ledger.jsonl").is_file()
+
+
+def test_json_is_all_there_is_on_stdout(run: Path):
+    done = ran("knn", run, "--json", "-o", "evaluator.k=[5]", "--seed", "3")
+    report = json.loads(done.stdout)
+    assert report["protocol"].startswith("knn-v1@settings-")
+    assert report["details"]["seed"] == 3
+    assert list(report["metrics"]) == ["top1_k5", "top5_k5"]
+
+
+def test_every_evaluator_is_a_command_and_says_what_it_is(run: Path):
+    listed = ran("eval", "--help").stdout
+    assert "knn" in listed
+    assert "Weighted nearest neighbours" in listed
+    done = ran("eval", "linear-cached", run)
+    assert done.stdout.startswith("linear-cached-v1")
+    assert "next: ssl runs show run" in done.stderr
+
+
+def test_weights_without_a_run_keep_their_report_beside_them(run: Path, tmp_path: Path):
+    ran("extract", run, "--out", "away/mine.safetensors")
+    assert "report: away/reports/knn-v1@mine.json" in ran("eval", "knn", "away/mine.safetensors").stderr
+
+
+def test_stored_features_are_judged_too(run: Path, tmp_path: Path):
+    import numpy as np
+
+    from sslcli.data.digits import coloured_digits
+
+    for split, count in (("train", 64), ("test", 16)):
+        source = coloured_digits(split, count, 32, 0)
+        images = source.resident()
+        np.savez(f"{split}.npz", images=images, labels=source.labels, classes=np.array(source.classes))
+        ran("features", run, "--data", f"{split}.npz", "--out", f"f_{split}.npz")
+    words = ("eval", "knn", run, "--json")
+    stored = json.loads(ran(*words, "--train", "f_train.npz", "--test", "f_test.npz").stdout)
+    direct = json.loads(ran(*words, "--train", "train.npz", "--test", "test.npz").stdout)
+    assert stored["metrics"] == direct["metrics"]
+    with pytest.raises(UserError, match="holds features, the other side does not"):
+        ran(*words, "--train", "f_train.npz", "--test", "test.npz")
+    with pytest.raises(UserError, match="needs images"):
+        ran(*words, "--train", "f_train.npz", "--test", "f_test.npz", "--floors")
+
+
+def test_what_cannot_work_is_refused_with_the_fix(run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="exclude each other"):
+        ran("eval", "knn", run, "--data", ".", "--train", ".")
+    with pytest.raises(UserError, match="not for this evaluator") as caught:
+        ran("eval", "knn", run, "--preset", "linear-cached-v1")
+    assert caught.value.hint == "use `ssl eval linear-cached --preset linear-cached-v1`"
+    with pytest.raises(UserError, match="no run folder or weights file `gone`"):
+        ran("eval", "knn", "gone")
+    with pytest.raises(UserError, match="no preset `knn-v9`; did you mean `knn-v1`"):
+        ran("eval", "knn", run, "--preset", "knn-v9")
+    with pytest.raises(UserError, match="comes with ssl"):
+        newest("astrology")
+
+
+@pytest.mark.dist
+@pytest.mark.e2e
+def test_two_processes_write_the_report_of_one(run: Path):
+    alone = json.loads(ran("eval", "knn", run, "--json").stdout)
+    done = subprocess.run(
+        [sys.executable, "-m", "sslcli", "eval", "knn", "run", "--json", "--procs", "2"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"] == alone["metrics"]
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from sslcli.cli import evaluate, extract, features, doctor; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
