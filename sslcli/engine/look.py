@@ -152,7 +152,7 @@ def _gathered(
     widths = next((widths for widths, _ in found if widths), None)
     if widths is None:
         raise DataError(
-            f"not one of the {total} images can be read", hint="`ssl data check` says what is wrong with each of them"
+            f"not one of the {total} images can be read", hint="point to readable images"
         )
     if dist.world() == 1:
         return {name: block if len(kept) == total else block[kept] for name, block in rows.items()}, kept

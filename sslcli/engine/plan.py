@@ -93,7 +93,7 @@ def dry_run(preset: PretrainPreset, *, steps: int = 2) -> list[tuple[str, str]]:
     reading = preset.run.views or faster_reading(source, views, preset.data.batch_size)
     preset = machine.resolved(preset, resident=source.resident() is not None, reading=reading)
     with closing(loader_of(preset, source, views)) as loader:
-        facts = facts_of(preset, images=loader.images, steps_per_epoch=loader.steps_per_epoch)
+        facts = facts_of(preset, images=len(source), steps_per_epoch=loader.steps_per_epoch)
         method = method_of(preset, facts)
         training, groups = training_of(method, preset)
         feed = feed_of(loader, views, preset)

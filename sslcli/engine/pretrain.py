@@ -99,7 +99,7 @@ def pretrain(
         loggers=preset.run.loggers,
     )
     with closing(loader_of(preset, source, views)) as loader, record, stop_signals() as stop_asked:
-        facts = facts_of(preset, images=loader.images, steps_per_epoch=loader.steps_per_epoch)
+        facts = facts_of(preset, images=len(source), steps_per_epoch=loader.steps_per_epoch)
         method = method_of(preset, facts)
         if start is not None and stored is None:
             method.backbone.trunk.load_state_dict(start)
