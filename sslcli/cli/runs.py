@@ -12,7 +12,7 @@ from sslcli.cli.options import Json
 if TYPE_CHECKING:
     from sslcli.runs.folder import Run
 
-app = typer.Typer(help="List runs, show one.", no_args_is_help=True)
+app = typer.Typer(help="List runs, show one, watch one.", no_args_is_help=True)
 
 HEAD = ("run", "method", "step", "state", "loss", "knn", "updated")
 
@@ -50,6 +50,31 @@ def show_run(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: 
     typer.echo(f"next: {next_command(found)}", err=True)
 
 
+@app.command("watch")
+def watch_run(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between looks.")] = 2.0,
+) -> None:
+    """Follow a run from another terminal until it ends."""
+    from sslcli.cli.watch import condition, follow
+    from sslcli.errors import SslError, StoppedOnRequest
+    from sslcli.runs.folder import open_run
+
+    open_run(run)
+    status = follow(run, every)
+    if status is None:
+        raise SslError(f"`{run}` has no readable `status.json`", hint=f"`ssl runs show {run}` shows what there is")
+    state, remark = condition(status)
+    if state == "finished":
+        typer.echo(f"next: {next_command(open_run(run))}", err=True)
+        return
+    kind = StoppedOnRequest if state == "stopped" else SslError
+    raise kind(
+        f"the run is {state} at step {status.step}" + (f": {remark}" if remark else ""),
+        hint=f"`ssl resume {run}` continues it" + (f"; but first: {status.advice}" if status.advice else ""),
+    )
+
+
 def summary(run: "Run") -> dict[str, Any]:
     """One run in a few plain values."""
     status = run.status
@@ -62,6 +87,7 @@ def summary(run: "Run") -> dict[str, Any]:
         "step": status.step if status else None,
         "total": status.total if status else None,
         "loss": status.loss if status else None,
+        "health": status.health if status else None,
         "knn": knn(run),
         "updated": status.updated.isoformat() if status else None,
     }
@@ -94,7 +120,7 @@ def next_command(run: "Run") -> str:
     """The useful thing to type next."""
     state = run.status.now if run.status else "unknown"
     if state == "running":
-        return f"tail -f {run.path / 'log.txt'}"
+        return f"ssl runs watch {run.path}"
     if state != "finished":
         return f"ssl resume {run.path}"
     return f"ssl eval knn {run.path}" if knn(run) is None else f"ssl features {run.path} --data DIR --out FILE.npz"
@@ -152,6 +178,8 @@ def _lines(run: "Run") -> list[tuple[str, str]]:
             rows.append(("process", f"{status.pid} on {status.host}"))
             if status.eta_seconds is not None:
                 rows.append(("left", ago(status.eta_seconds)))
+        if status.health is not None:
+            rows.append(("health", f"{status.health}: {status.advice}" if status.advice else status.health))
     if last:
         known = {key: value for key, value in last.items() if isinstance(value, float) and key != "epoch"}
         rows.append(("metrics", "  ".join(f"{key} {value:.4g}" for key, value in known.items())))
