@@ -17,6 +17,9 @@ from sslcli.nn.spread import spread
 
 Vitals = dict[str, float]
 
+ROUNDING = 1e-9
+"""A squared distance of unit rows below this is none: it comes from the arithmetic."""
+
 
 def rankme(features: Tensor) -> float:
     """How many dimensions features (N, D) really use: from 1 to min(N, D); NaN if they are not finite.
@@ -34,7 +37,7 @@ def rankme(features: Tensor) -> float:
 
 def alignment(one: Tensor, other: Tensor) -> float:
     """Mean of |x - y|^2 over pairs of unit rows (N, D): 0 when two views agree (Wang & Isola 2020, alpha = 2)."""
-    return float((F.normalize(one, dim=1) - F.normalize(other, dim=1)).square().sum(dim=1).mean())
+    return float((F.normalize(one.double(), dim=1) - F.normalize(other.double(), dim=1)).square().sum(dim=1).mean())
 
 
 def uniformity(features: Tensor) -> float:
@@ -52,12 +55,12 @@ def view_ratio(one: Tensor, other: Tensor) -> float:
     1 also where all are the same.
     """
     different = (_distances(one).mean() + _distances(other).mean()) / 2
-    return alignment(one, other) / float(different) if different > 0 else 1.0
+    return alignment(one, other) / float(different) if different > ROUNDING else 1.0
 
 
 def _distances(features: Tensor) -> Tensor:
     """Squared distances (N (N - 1) / 2,) of all pairs of different rows, scaled to unit length."""
-    unit = F.normalize(features, dim=1)
+    unit = F.normalize(features.double(), dim=1)
     first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
     return (2 - 2 * (unit @ unit.T)[first, second]).clamp_min(0)
 

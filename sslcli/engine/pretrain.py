@@ -114,7 +114,7 @@ def pretrain(
         for line in found[2] if found else []:
             record.say(f"warning: {line}; an earlier checkpoint is used")
         record.say(summary(preset, source, training, facts, groups, at))
-        if at.step == 0:
+        if dist.is_main() and not (folder / "views.png").exists():
             show_views(feed, preset, at, folder)
         try:
             with closing(checkpoint.Store(folder, preset.run.checkpoints.keep, facts.steps_per_epoch)) as store:
@@ -152,7 +152,7 @@ def pretrain(
 def show_views(feed: Feed, preset: PretrainPreset, at: Progress, folder: Path) -> None:
     """Draw what the network sees of the first images: `views.png`."""
     batch = next(iter(feed.epoch(at, None)), None)
-    if batch is not None and dist.is_main():
+    if batch is not None:
         views = [view[:8].float().cpu() for view in batch.views]
         picture(views, preset.views.normalize, folder / "views.png")
 
