@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +69,7 @@ class WandB:
                 dir=folder,
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=folder.resolve().name,
-                id=_id_of(folder, "wandb", wandb.util.generate_id),
+                id=_id_of(folder, "wandb", lambda: uuid.uuid4().hex[:12]),
                 resume="allow",
                 config=as_data(preset),
                 settings=wandb.Settings(silent=True, console="off"),

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sslcli.config.load import load
 from sslcli.config.presets import PretrainPreset
@@ -160,15 +161,16 @@ def test_tensorboard_gets_metrics_and_health(tmp_path: Path, preset: PretrainPre
 
 
 def test_the_picture_shows_health(tmp_path: Path, preset: PretrainPreset):
-    from PIL import Image
+    def size() -> tuple[int, int]:
+        draw(tmp_path)
+        with Image.open(tmp_path / "curves.png") as picture:
+            return picture.size
 
     with opened(tmp_path, preset) as made:
         made.note(NOTE, AT)
-        draw(tmp_path)
-        narrow = Image.open(tmp_path / "curves.png").size
+        narrow = size()
         made.health(Verdict("healthy"), {"spread": 0.5, "rank_share": 0.4, "view_ratio": 0.5, "knn": 30.0}, AT)
-        draw(tmp_path)
-    wide = Image.open(tmp_path / "curves.png").size
+        wide = size()
     assert wide[0] > narrow[0]
     assert wide[1] == narrow[1]
 
@@ -182,7 +184,7 @@ def test_an_absent_package_is_named(tmp_path: Path, preset: PretrainPreset, monk
 
 
 def test_services_are_not_imported_unasked():
-    code = "import sys, sslcli.engine.pretrain, sslcli.engine.record; print({'wandb', 'mlflow', 'tensorboard'} & set(sys.modules))"
+    code = "import sys, sslcli.engine.loggers; print({'wandb', 'mlflow', 'tensorboard'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
