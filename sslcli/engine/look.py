@@ -151,9 +151,7 @@ def _gathered(
     kept = np.flatnonzero(np.concatenate([share for _, share in found])).astype(np.int64)
     widths = next((widths for widths, _ in found if widths), None)
     if widths is None:
-        raise DataError(
-            f"not one of the {total} images can be read", hint="point to readable images"
-        )
+        raise DataError(f"not one of the {total} images can be read", hint="point to readable images")
     if dist.world() == 1:
         return {name: block if len(kept) == total else block[kept] for name, block in rows.items()}, kept
     if not everywhere and not dist.is_main():
