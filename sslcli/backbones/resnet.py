@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sslcli.config.base import BackboneConfig
 from sslcli.config.types import Count
 from sslcli.contracts import Backbone
-from sslcli.errors import UserError
+from sslcli.nn.taps import check_taps
 
 if TYPE_CHECKING:
     from timm.models.resnet import ResNet as Trunk
@@ -69,9 +69,7 @@ class ResNet(Backbone):
         Raises:
             UserError: there is no place of that name.
         """
-        for name in names:
-            if name not in self.tap_names():
-                raise UserError(f"the network has no tap `{name}`", hint=f"there is {', '.join(self.tap_names())}")
+        check_taps(names, self.tap_names())
         last, stages = self.trunk.forward_intermediates(images)
         found = dict(zip(STAGES, stages, strict=True))
         if "pooled" in names:

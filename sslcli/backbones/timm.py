@@ -9,7 +9,8 @@ from sslcli.config.base import BackboneConfig
 from sslcli.config.choice import nearest
 from sslcli.config.types import Count
 from sslcli.contracts import Backbone
-from sslcli.errors import PresetError, UserError
+from sslcli.errors import PresetError
+from sslcli.nn.taps import check_taps
 
 
 class Config(BackboneConfig):
@@ -50,9 +51,7 @@ class Timm(Backbone):
         Raises:
             UserError: there is no place of that name.
         """
-        for name in names:
-            if name not in self.tap_names():
-                raise UserError(f"the network has no tap `{name}`", hint=f"there is {', '.join(self.tap_names())}")
+        check_taps(names, self.tap_names())
         wanted = [name for name in names if name != "pooled"]
         indices = sorted(self.stages.index(name) for name in wanted)
         found: dict[str, Tensor] = {}

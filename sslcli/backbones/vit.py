@@ -17,6 +17,7 @@ from sslcli.config.types import Count, Fraction
 from sslcli.contracts import Backbone
 from sslcli.errors import UserError
 from sslcli.nn.positions import sincos_positions
+from sslcli.nn.taps import check_taps
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer as Trunk
@@ -111,9 +112,7 @@ class ViT(Backbone):
         Raises:
             UserError: there is no place of that name.
         """
-        for name in names:
-            if name not in self.tap_names():
-                raise UserError(f"the network has no tap `{name}`", hint=f"there is {', '.join(self.tap_names())}")
+        check_taps(names, self.tap_names())
         self._fits(images)
         last, blocks = self.trunk.forward_intermediates(images)
         assert isinstance(last, Tensor)

@@ -10,8 +10,8 @@ from sslcli.contracts import Backbone
 from sslcli.data.source import Source
 from sslcli.engine.look import features_of
 from sslcli.engine.machine import default_workers
-from sslcli.errors import UserError
 from sslcli.features.table import FeatureTable, TableMeta
+from sslcli.nn.taps import check_taps
 from sslcli.views import build_eval
 
 Told = Callable[[int, int], None]
@@ -49,9 +49,7 @@ def of_network(
         UserError: the network has no tap of a given name.
         DataError: the images cannot be read.
     """
-    unknown = [tap for tap in taps if tap not in backbone.tap_names()]
-    if unknown:
-        raise UserError(f"the network has no tap `{unknown[0]}`", hint=f"there is {', '.join(backbone.tap_names())}")
+    check_taps(taps, backbone.tap_names())
     backbone.to(dist.device())
 
     def apply(images: Tensor) -> dict[str, Tensor]:

@@ -148,6 +148,8 @@ def load(what: str | Path, *, allow_partial: bool = False) -> Weights:
         WeightsError: it is missing, damaged, not ours, or does not fit the network.
     """
     path = Path(what)
+    if path.resolve().suffix == checkpoint.FOLDER:
+        return _of_checkpoint(path)
     if path.is_dir():
         return _of_run(path, allow_partial=allow_partial)
     if not path.is_file():
@@ -255,9 +257,7 @@ def _of_run(run: Path, *, allow_partial: bool) -> Weights:
 
 
 def _of_checkpoint(path: Path) -> Weights:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    if not zipped:
+    if path.is_file() and not _begins_like_zip(path):
         raise WeightsError(
             f"`{path}` is neither a checkpoint of ssl nor a safetensors file: it is empty, damaged or another tool's",
             hint=_CONVERT,
@@ -411,6 +411,11 @@ def _beside(path: Path) -> Path:
     """Where the backbone of a checkpoint goes: into its run folder, with its step in the name."""
     run = _run_of(path)
     return (run or path.parent) / f"backbone_{path.stem}.safetensors"
+
+
+def _begins_like_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _begins_like_safetensors(path: Path) -> bool:
