@@ -1,18 +1,25 @@
 """Who else is here? The only user of `torch.distributed`; every function also works alone."""
 
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+T = TypeVar("T")
+
 TIMEOUT = timedelta(minutes=30)
+ROUND = "SSL_ROUND"
+"""Variable in which our launcher gives all ranks a word that is another one after each restart."""
 
 
 def rank() -> int:
@@ -45,7 +52,9 @@ def backends() -> tuple[str, ...]:
 
 def device() -> torch.device:
     """Where this process computes: its own GPU where there is one, the CPU otherwise."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())  # srun may show each task its own GPU alone
 
 
 @contextmanager
@@ -61,12 +70,22 @@ def joined() -> Iterator[None]:
         "nccl" if where.type == "cuda" else "gloo",
         timeout=TIMEOUT,
         device_id=where if where.type == "cuda" else None,
+        **_meeting(),
     )
     try:
         yield
     finally:
         _hosts.cache_clear()
+        _writers.cache_clear()
         td.destroy_process_group()
+
+
+def _meeting() -> dict[str, Any]:
+    """Where ranks find each other under our launcher: after a restart, not among the addresses of those that died."""
+    if ROUND not in os.environ:
+        return {}
+    store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+    return {"store": td.PrefixStore(os.environ[ROUND], store), "rank": rank, "world_size": world}
 
 
 def any_rank(flag: bool) -> bool:
@@ -83,6 +102,18 @@ def _hosts() -> Any:
     return td.new_group(backend="gloo", timeout=TIMEOUT)
 
 
+@cache
+def _writers() -> Any:
+    """A group for the threads that write checkpoints, so that their messages never mix with the loop's."""
+    return td.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def writers_meet() -> None:
+    """Wait until every rank's writing thread is here."""
+    if world() > 1:
+        td.barrier(group=_writers())
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if td.is_initialized():
@@ -93,11 +124,18 @@ def wrap(module: nn.Module) -> nn.Module:
     """The module in DDP if there is anyone else; buffers stay the module's own affair, equal on all ranks."""
     if world() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`broadcast_buffers` is deprecated", FutureWarning
+        )  # its successor is too new
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sync_if(wrapped: nn.Module, sync: bool) -> AbstractContextManager[Any]:
     """Context in which gradients are averaged over ranks only if `sync`."""
+    if isinstance(wrapped, Shared):
+        wrapped.synchronise(sync)
+        return nullcontext()
     if sync or not isinstance(wrapped, DistributedDataParallel):
         return nullcontext()
     return wrapped.no_sync()
@@ -218,3 +256,162 @@ def group_of(size: int) -> Any:
         if first <= rank() < first + size:
             mine = made
     return mine
+
+
+@final
+class Shared(nn.Module):
+    """A module of whose parameters every rank holds a share (FSDP2): what DDP is to whole copies.
+
+    A rank fetches the rest when it is needed: of each block while that block computes, of everything else for the
+    length of a forward and backward pass. The module's parameters become `DTensor`s under their old names.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        self.module = module
+        mesh = init_device_mesh(device().type, (world(),))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        register_fsdp_forward_method(self, "lend")
+        _hosts()  # a group is made by all ranks at the same time: now
+        _writers()
+
+    def forward(self, *args: Any) -> Any:
+        """What the module gives."""
+        return self.module(*args)
+
+    def lend(self, work: Callable[[], T]) -> T:
+        """What `work` gives, with every parameter there."""
+        return work()
+
+    def parts(self) -> list[Any]:
+        """The blocks, and what is left without them."""
+        from torch.distributed.fsdp import FSDPModule
+
+        return [part for part in self.modules() if isinstance(part, FSDPModule)]
+
+    def synchronise(self, sync: bool) -> None:
+        """Whether the coming backward pass averages gradients over ranks."""
+        self.parts()[0].set_requires_gradient_sync(sync)
+
+
+def share_out(module: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    """The module in `Shared` if there is anyone else; its parameters are replaced, its buffers are not."""
+    return module if world() == 1 else Shared(module, blocks)
+
+
+def lent(wrapped: nn.Module, work: Callable[[], T]) -> T:
+    """What `work` gives, which may use any part of a wrapped module, without gradient; all ranks must call this.
+
+    Ranks need not do the same work: everything is fetched first, and given back at the end.
+    """
+    if not isinstance(wrapped, Shared):
+        return work()
+    whole, *blocks = wrapped.parts()
+    for part in (whole, *blocks):
+        part.unshard()
+    whole.set_reshard_after_forward(False)
+    found = wrapped.lend(work)
+    for part in (whole, *blocks):
+        part.reshard()
+    for block in blocks:
+        block.set_reshard_after_forward(True)
+    return found
+
+
+def is_share(x: Tensor) -> bool:
+    """Whether this is one rank's share of a larger tensor."""
+    if world() == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def own(x: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds: a view of it."""
+    if not is_share(x):
+        return x
+    part: Tensor = x.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def share_of(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a whole tensor, cut as `like` is; the tensor itself where `like` is whole."""
+    if not is_share(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(x.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def on_host(x: Tensor) -> Tensor:
+    """A copy on the CPU, of a share the same share."""
+    if not is_share(x):
+        return x.detach().to("cpu", copy=True)
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    part = own(x.detach()).to("cpu", copy=True)
+    mesh = DeviceMesh.from_group(_writers(), "cpu")
+    placements = x.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
+def norms(parts: Sequence[Tensor], *, shared: bool) -> Tensor:
+    """Euclidean norm of every tensor (N,); if `shared`, of the whole tensor of which this is one rank's part."""
+    found = torch.stack(torch._foreach_norm(list(parts)))
+    return sum_(found.square()).sqrt() if shared else found
+
+
+def write_shares(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of all ranks, each rank its shares, into a folder that all see; all must call this, in any thread.
+
+    Raises:
+        OSError: some rank could not.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(tensors), storage_writer=writer, process_group=_writers())
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise OSError(str(reason)) from error
+
+
+def read_shares(folder: Path) -> dict[str, Tensor]:
+    """The whole tensors that `write_shares` has written, whatever the number of ranks; no code from a file is run.
+
+    Raises:
+        OSError: a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        tensors = {
+            name: torch.empty(kept.size, dtype=kept.properties.dtype)
+            for name, kept in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(kept, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is what is wanted
+            load(tensors, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise OSError(str(reason)) from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise OSError(str(error)) from error
+    return tensors

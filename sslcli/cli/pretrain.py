@@ -1,6 +1,9 @@
 """ssl pretrain, ssl resume: from a folder of images to a run folder with a backbone in it."""
 
+import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +20,28 @@ if TYPE_CHECKING:
 
 Rendezvous = Annotated[str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where several machines meet.")]
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start the same command on each.")]
+MaxRestarts = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="How often all ranks start again after a process died.")
+]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slurm", metavar="KEY=VALUE,…", help="Submit to SLURM, e.g. `partition=gpu,nodes=2,gpus=8,time=24:00:00`."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """Where a job runs, as asked for."""
+
+    gpus: int | None
+    procs: int | None
+    nodes: int
+    rdzv: str | None
+    max_restarts: int
+    slurm: Sequence[str]
+    dry_run: bool = False
 
 
 def pretrain(
@@ -27,6 +52,8 @@ def pretrain(
     procs: Procs = None,
     nodes: Nodes = 1,
     rdzv: Rendezvous = None,
+    max_restarts: MaxRestarts = 0,
+    slurm: Slurm = None,
     override: Override = None,
     resume: Annotated[
         str, typer.Option("--resume", metavar="auto|never|PATH", help="Continue what `--out` holds, or not.")
@@ -37,7 +64,11 @@ def pretrain(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every draw of the run.")] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Refuse non-deterministic kernels.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check preset, data and machine with two real steps; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check preset, data and machine with two real steps, or show the SLURM script; write nothing.",
+        ),
     ] = False,
 ) -> None:
     """Pretrain a backbone on images; labels are not needed.
@@ -53,13 +84,13 @@ def pretrain(
         flags["run.deterministic"] = (True, "--deterministic")
     loaded = load("pretrain", preset, override or (), flags)
     folder = out or Path("runs") / Path(preset).stem
-    if dry_run:
+    if dry_run and not slurm:
         _dry_run(loaded.preset, gpus)
         return
     how: Literal["auto", "never"] | Path = (
         "auto" if resume == "auto" else "never" if resume == "never" else Path(resume)
     )
-    _run(loaded.preset, folder, how, init_from, gpus, procs, nodes, rdzv)
+    _run(loaded.preset, folder, how, init_from, Machines(gpus, procs, nodes, rdzv, max_restarts, slurm or (), dry_run))
 
 
 def resume(
@@ -68,6 +99,9 @@ def resume(
     procs: Procs = None,
     nodes: Nodes = 1,
     rdzv: Rendezvous = None,
+    max_restarts: MaxRestarts = 0,
+    slurm: Slurm = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With `--slurm`: show the script; write nothing.")] = False,
 ) -> None:
     """Continue a run from its newest checkpoint, with the preset it was started with."""
     from sslcli.config.load import from_data
@@ -77,7 +111,10 @@ def resume(
     if found is None:
         raise UserError(f"no checkpoint in `{run}`", hint="start the run with `ssl pretrain --preset … --out …`")
     preset: Any = from_data("pretrain", found[1]["preset"])
-    _run(preset, run, "auto", None, gpus, procs, nodes, rdzv)
+    if dry_run and not slurm:
+        _dry_run(preset, gpus)
+        return
+    _run(preset, run, "auto", None, Machines(gpus, procs, nodes, rdzv, max_restarts, slurm or (), dry_run))
 
 
 def image_flags(data: Path | None) -> dict[str, tuple[Any, str]]:
@@ -94,40 +131,75 @@ def _run(
     folder: Path,
     resume: Literal["auto", "never"] | Path,
     init_from: str | None,
-    gpus: int | None,
-    procs: int | None,
-    nodes: int,
-    rdzv: str | None,
+    at: Machines,
 ) -> None:
-    from sslcli.engine.launch import launch, launched
+    from sslcli.engine.launch import last_words, launch, launched, restarted
     from sslcli.engine.machine import check_devices
 
-    processes = _processes(gpus, procs, nodes, rdzv)
+    processes = _processes(at)
+    if restarted():
+        from sslcli.engine.resume import after_restart
+
+        resume = after_restart(folder, resume)
     if not launched():
-        check_devices(gpus)
-        if processes * nodes > 1:
-            _check_before_launch(preset, folder, resume, processes * nodes)
-            sys.exit(launch(sys.argv[1:], processes, nodes=nodes, rendezvous=rdzv))
+        if at.slurm:
+            _submit(preset, folder, resume, at)
+            return
+        check_devices(at.gpus)
+        if processes * at.nodes > 1 or at.max_restarts:
+            _check_before_launch(preset, folder, resume, processes * at.nodes)
+            sys.exit(launch(sys.argv[1:], processes, nodes=at.nodes, rendezvous=at.rdzv, max_restarts=at.max_restarts))
 
     from sslcli import dist
     from sslcli.engine import pretrain as job
     from sslcli.runs.curves import draw
 
-    with dist.joined(), Terminal() as terminal:
+    with dist.joined(), last_words(), Terminal() as terminal:
         start = _start_weights(init_from)
         outcome = job.pretrain(preset, folder, resume=resume, start=start, watcher=terminal, draw=draw)
         if dist.is_main():
             _finish(outcome.folder, outcome.fresh, terminal)
 
 
-def _processes(gpus: int | None, procs: int | None, nodes: int, rdzv: str | None) -> int:
-    if gpus is not None and procs is not None:
+def _processes(at: Machines) -> int:
+    """How many processes to start on this machine; where srun has started them, this one takes its place among them."""
+    from sslcli.engine.srun import srun_environment, srun_tasks
+
+    if at.gpus is not None and at.procs is not None:
         raise UserError("`--gpus` and `--procs` exclude each other", hint="one process is started for each GPU")
-    if nodes > 1 and rdzv is None:
+    if at.slurm and at.rdzv:
+        raise UserError("`--slurm` finds a meeting place by itself", hint="leave out `--rdzv`")
+    if at.nodes > 1 and not at.rdzv and not at.slurm:
         raise UserError(
-            f"`--nodes {nodes}` needs a place to meet", hint="add `--rdzv HOST:PORT`, the same on every machine"
+            f"`--nodes {at.nodes}` needs a place to meet", hint="add `--rdzv HOST:PORT`, the same on every machine"
         )
-    return gpus or procs or 1
+    processes = at.gpus or at.procs or 1
+    tasks = srun_tasks(os.environ)
+    if tasks > 1 and at.nodes == 1 and not at.slurm:
+        if processes > 1:
+            raise UserError(
+                f"srun has started {tasks} processes, and each would start {processes} more",
+                hint="leave out `--gpus` and `--procs`; or start one task per machine with `--nodes --rdzv HOST:PORT`",
+            )
+        os.environ.update(srun_environment(os.environ))
+    return processes
+
+
+def _submit(preset: "PretrainPreset", folder: Path, resume: Literal["auto", "never"] | Path, at: Machines) -> None:
+    from sslcli.engine import slurm
+
+    wanted = slurm.parse(at.slurm, gpus=at.gpus, nodes=at.nodes)
+    words = slurm.command(sys.argv[1:], wanted)
+    if at.dry_run:
+        print(slurm.script(words, wanted, folder), end="")
+        print("nothing was submitted; leave out `--dry-run` to do so", file=sys.stderr)
+        return
+    slurm.check_here()
+    _check_before_launch(preset, folder, resume, (wanted.gpus or at.procs or 1) * wanted.nodes)
+    job = slurm.submit(words, wanted, folder)
+    print(f"submitted: job {job.id}", file=sys.stderr)
+    print(f"  script    {job.script}\n  output    {job.output}", file=sys.stderr)
+    print(f"next: squeue -j {job.id}    ssl runs watch {folder}    scancel {job.id}", file=sys.stderr)
 
 
 def _check_before_launch(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List runs, show one, watch one.", no_args_is_help=True)
 
+ENDS = {"interrupted": "was interrupted", "lost": "is lost"}
 HEAD = ("run", "method", "step", "state", "loss", "knn", "updated")
 
 
@@ -70,7 +71,7 @@ def watch_run(
         return
     kind = StoppedOnRequest if state == "stopped" else SslError
     raise kind(
-        f"the run is {state} at step {status.step}" + (f": {remark}" if remark else ""),
+        f"the run {ENDS.get(state, state)} at step {status.step}" + (f": {remark}" if remark else ""),
         hint=f"`ssl resume {run}` continues it" + (f"; but first: {status.advice}" if status.advice else ""),
     )
 

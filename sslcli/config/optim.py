@@ -53,6 +53,10 @@ class _Optim(Settings):
     """Base learning rate, for a batch of `per` images (or as it stands when `per` is absent)."""
     per: Count | None = None
     """Batch size the rate is quoted for: the rate used is lr x batch_size / per (Goyal et al. 2017)."""
+    weight_decay_end: NonNegative | None = None
+    """Where the weight decay ends: it moves there along half a cosine, step by step; what a rule sets stays."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Multiply the rate by this once for every layer of the backbone that lies above (BEiT, MAE fine-tuning)."""
     rules: tuple[ParamRule, ...] = ()
     """Parameters that are treated differently."""
 

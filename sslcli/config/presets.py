@@ -88,8 +88,20 @@ class Run(Settings):
     paper's images per GPU (split on one device, grouped over ranks, so that the number of GPUs changes nothing)."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Arithmetic of the forward pass; when absent, bf16 on a GPU that has it and fp32 elsewhere."""
+    tf32: bool = True
+    """Under fp32 on a GPU, multiply with 10 bits of mantissa (TF32): several times faster. Losses keep all 23."""
+    compile: bool = False
+    """Let torch.compile make kernels for the backbone: minutes at the start, then faster on a GPU; last bits differ."""
+    checkpoint_activations: Annotated[bool, Operational()] = False
+    """Keep only the inputs of the backbone's blocks and compute the rest again in the backward pass: a third slower,
+    much less memory, the same gradients."""
+    shard: Annotated[bool, Operational()] = False
+    """On several ranks, share parameters, gradients and optimiser state out among them (FSDP2) instead of giving every
+    rank all of them (DDP): for networks that do not fit. Not with LAMB, nor with `precision: fp16`."""
     clip: Positive | None = None
-    """Largest norm of the whole gradient."""
+    """Largest norm of the gradient."""
+    clip_each: bool = False
+    """`clip` limits the gradient of every parameter by itself (DINO) instead of the whole gradient."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose gradient is not finite stops the run, or is left out: the optimiser does not move."""
     skip_limit: Count = 10
@@ -118,6 +130,18 @@ class Run(Settings):
     def _one_length(self) -> "Run":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the length of the run either in `epochs` or in `steps`")
+        return self
+
+    @model_validator(mode="after")
+    def _clips_what(self) -> "Run":
+        if self.clip_each and self.clip is None:
+            raise ValueError("`clip_each` needs a limit in `clip`")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_what_it_scales(self) -> "Run":
+        if self.shard and self.precision == "fp16":
+            raise ValueError("`shard` does not go with `precision: fp16`; use bf16 or fp32")
         return self
 
 

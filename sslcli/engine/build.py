@@ -1,13 +1,14 @@
 """From words to things: the method and its backbone that a preset describes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslcli import dist
 from sslcli.config import choice
@@ -19,7 +20,7 @@ from sslcli.data.source import U8, Source, UnreadableImage
 from sslcli.engine import loop, optim
 from sslcli.engine.feed import Feed
 from sslcli.engine.look import features_of
-from sslcli.errors import DataError
+from sslcli.errors import DataError, PresetError
 from sslcli.nn.norm import group_batch_norm
 from sslcli.seeds import seed_here, seed_of
 from sslcli.views import CropViews, build_eval
@@ -143,28 +144,102 @@ def feed_of(loader: Loader, views: CropViews, preset: PretrainPreset) -> Feed:
 
 
 def training_of(method: Method[Any], preset: PretrainPreset) -> tuple[loop.Training, str]:
-    """Method, optimiser and scaler on this rank's device, and the printed table of parameter groups."""
-    device = dist.device()
-    group_batch_norm(method, local=images_per_rank(preset), group=preset.run.batch_norm)
+    """Method, optimiser and scaler on this rank's device, and the printed table of parameter groups.
+
+    Raises:
+        PresetError: the preset asks for something that its backbone cannot do, or for rules that select nothing.
+    """
+    device, run = dist.device(), preset.run
+    shared = run.shard and dist.world() > 1
+    if shared:
+        check_shard(preset)
+    set_arithmetic(preset)
+    group_batch_norm(method, local=images_per_rank(preset), group=run.batch_norm)
     method.to(device)
-    if preset.run.channels_last:
+    if run.channels_last and not shared:  # shares are cut from rows in their plain order
         method.to(memory_format=torch.channels_last)
+    if run.checkpoint_activations:
+        recompute(method.backbone)
+    blocks = list(blocks_of(method))
+    if run.compile:
+        for part in blocks if shared else backbones_of(method):
+            part.compile()
     lr = preset.optim.effective_lr(preset.data.batch_size)
+    decay = preset.optim.layer_decay
+    scales = {} if decay is None else optim.layer_scales(method.backbone.trunk, decay, "backbone.trunk.")
+    wrapped = dist.share_out(method, blocks) if shared else dist.wrap(method)
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
-    groups = optim.param_groups(named, preset.optim, [*method.param_rules(), *preset.optim.rules])
+    groups = optim.param_groups(named, preset.optim, [*method.param_rules(), *preset.optim.rules], scales)
     text = optim.table(groups)
     optimizer = optim.make_optimizer(groups, preset.optim, lr, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=preset.run.precision == "fp16")
-    return loop.Training(method, dist.wrap(method), optimizer, scaler, lr), text
+    scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+    return loop.Training(method, wrapped, optimizer, scaler, lr), text
 
 
-def look_of(method: Method[Any], source: Source, preset: PretrainPreset) -> Look:
+def check_shard(preset: PretrainPreset) -> None:
+    """Refuse what does not work on shares.
+
+    Raises:
+        PresetError: LAMB (its norms would be those of shares), or leaving
+            steps out with SGD (only the fused kernel, which shares lack, can do that without waiting).
+    """
+    if preset.optim.name == "lamb":
+        raise PresetError("`run.shard` does not go with `optim.name: lamb`", hint="use adamw, sgd or lars")
+    if preset.optim.name == "sgd" and preset.run.on_nonfinite == "skip":
+        raise PresetError("`run.shard` with sgd does not go with `run.on_nonfinite: skip`", hint="use `stop`")
+
+
+def set_arithmetic(preset: PretrainPreset) -> None:
+    """Say how this process multiplies fp32 numbers on a GPU: in TF32 where the whole network is fp32 and may be."""
+    if dist.device().type == "cuda":
+        faster = preset.run.tf32 and preset.run.precision == "fp32"
+        torch.set_float32_matmul_precision("high" if faster else "highest")
+        torch.backends.cudnn.allow_tf32 = faster
+
+
+def recompute(backbone: Backbone) -> None:
+    """Let the trunk keep only the inputs of its blocks.
+
+    Raises:
+        PresetError: it is not a network that can.
+    """
+    try:
+        backbone.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise PresetError(
+            f"`run.checkpoint_activations`: a `{type(backbone.trunk).__name__}` cannot compute its activations again",
+            hint="leave it out; a smaller `data.batch_size` or a larger `run.accumulate` saves memory too",
+        ) from None
+
+
+def backbones_of(method: Method[Any]) -> Iterator[Backbone]:
+    """The backbone and its slow twins."""
+    return (part for part in method.modules() if isinstance(part, Backbone))
+
+
+def blocks_of(method: Method[Any]) -> Iterator[nn.Module]:
+    """The repeated parts of all backbones, lowest first: transformer blocks, residual blocks, or stages."""
+    for backbone in backbones_of(method):
+        yield from listed(backbone.trunk)
+
+
+def listed(module: nn.Module) -> Iterator[nn.Module]:
+    """What stands in the outermost lists of modules below a module, and has parameters."""
+    for child in module.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            yield from (part for part in child if any(True for _ in part.parameters()))
+        else:
+            yield from listed(child)
+
+
+def look_of(training: loop.Training, source: Source, preset: PretrainPreset) -> Look:
     """One un-augmented pass over all images, as clustering methods want it; unreadable images get a row of zeros."""
-    view = build_eval(eval_view_for(preset.views))
+    method, view = training.method, build_eval(eval_view_for(preset.views))
 
     def look(features: Callable[[Tensor], Tensor]) -> Tensor:
         method.eval()
-        found = features_of(
+        pass_over = partial(
+            features_of,
             lambda images: {"rows": features(images)},
             source,
             view,
@@ -173,6 +248,7 @@ def look_of(method: Method[Any], source: Source, preset: PretrainPreset) -> Look
             device=dist.device(),
             network=method,
         )
+        found = dist.lent(training.wrapped, pass_over)
         method.train()
         rows = torch.zeros(len(source), found.rows["rows"].shape[1])
         rows[torch.from_numpy(found.kept)] = torch.from_numpy(found.rows["rows"])

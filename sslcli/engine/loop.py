@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,18 @@ from sslcli import dist
 from sslcli.config.presets import PretrainPreset
 from sslcli.config.schedule import factor
 from sslcli.contracts import Batch, Look, Method, Progress, StepResult
+from sslcli.engine import optim
 from sslcli.engine.checkpoint import State, Store
 from sslcli.engine.feed import Feed
 from sslcli.engine.monitor import Monitor
-from sslcli.engine.optim import set_lr
 from sslcli.engine.record import Note, Record
 from sslcli.errors import DivergedError, StoppedOnRequest
-from sslcli.nn.norm import average_statistics_
+from sslcli.nn.norm import average_statistics_, counted_once
 from sslcli.seeds import seed_here
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CLIP_EPS = 1e-6
+"""Added to a norm before dividing by it, as torch and DINO do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,11 @@ class Training:
         }
 
     def restore(self, state: State) -> None:
-        """Put everything back as it was."""
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Put everything back as it was; the state holds whole tensors, of which a sharded run takes its shares."""
+        mine = self.method.state_dict()
+        shares = {name: dist.share_of(x, mine[name]) if name in mine else x for name, x in state["method"].items()}
+        self.method.load_state_dict(shares)
+        self.optimizer.load_state_dict(optim.shares_of(state["optimizer"], self.optimizer))
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -86,11 +91,11 @@ def fit(
                 record.note(meter.note(at, lr, feed), at)
             if monitor.due(at):
                 with meter.paused():
-                    monitor.look(at, result.scalars)
+                    dist.lent(training.wrapped, partial(monitor.look, at, result.scalars))
             stopping = dist.any_rank(stop_asked())
             if at.step % every == 0 or at.done or stopping:
                 meter.check(at)
-                if dist.is_main():
+                if dist.is_main() or run.shard:
                     store.save(at.step, checkpoint(at))
             if stopping and not at.done:
                 store.wait()
@@ -108,10 +113,12 @@ def fit(
 def step(training: Training, batch: Batch, at: Progress, preset: PretrainPreset) -> tuple[StepResult, Tensor, float]:
     """One optimiser update: its loss, the norm of its gradient, its learning rate."""
     method, optimizer, scaler = training.method, training.optimizer, training.scaler
-    lr = set_lr(optimizer, training.lr, factor(preset.schedule, at.step, at.total, at.steps_per_epoch))
+    lr = optim.set_lr(optimizer, training.lr, factor(preset.schedule, at.step, at.total, at.steps_per_epoch))
+    if preset.optim.weight_decay_end is not None:
+        optim.set_weight_decay(optimizer, preset.optim.weight_decay, preset.optim.weight_decay_end, at.fraction)
     result = accumulate(training, batch, at, preset)
     method.before_update(at)
-    norm = clip(training, preset.run.clip)
+    norm = clip(training, preset.run.clip, each=preset.run.clip_each)
     if preset.run.on_nonfinite == "skip":
         leave_out(optimizer, ~torch.isfinite(norm))
     scaler.step(optimizer)
@@ -134,7 +141,8 @@ def accumulate(training: Training, batch: Batch, at: Progress, preset: PretrainP
         with dist.sync_if(training.wrapped, last):
             with autocast(preset, batch.index.device):
                 result: StepResult = training.wrapped(part, at.at_part(number))
-            training.scaler.scale(result.loss / parts).backward()
+            with counted_once(training.method) if preset.run.checkpoint_activations else nullcontext():
+                training.scaler.scale(result.loss / parts).backward()
         results.append(replace(result, loss=result.loss.detach()))
     if parts == 1:
         return results[0]
@@ -166,23 +174,34 @@ def autocast(preset: PretrainPreset, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def clip(training: Training, limit: float | None) -> Tensor:
-    """Norm of the whole gradient, after unscaling; the gradient is scaled down to `limit` if it is longer."""
+def clip(training: Training, limit: float | None, *, each: bool) -> Tensor:
+    """Norm of the whole gradient, after unscaling. What is longer than `limit` is scaled down to it.
+
+    That is the whole gradient, or (`each`) the gradient of every parameter by itself, as in DINO.
+    """
     training.scaler.unscale_(training.optimizer)
     grads = [p.grad for group in training.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    mine = [dist.own(grad) for grad in grads]
+    norms = dist.norms(mine, shared=dist.is_share(grads[0]))  # (P,)
+    norm: Tensor = torch.linalg.vector_norm(norms)
     if limit is not None:
-        parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        if each:
+            torch._foreach_mul_(mine, list((limit / (norms + CLIP_EPS)).clamp(max=1).unbind()))
+        else:
+            torch._foreach_mul_(mine, (limit / (norm + CLIP_EPS)).clamp(max=1))
     return norm
 
 
 def leave_out(optimizer: torch.optim.Optimizer, when: Tensor) -> None:
-    """Make the next optimiser step do nothing if `when` (a scalar on the device), without waiting for the answer.
+    """Make the next optimiser step do nothing if `when`, a scalar on the device.
 
-    The fused optimisers and ours look at `found_inf`, the door that gradient scaling uses.
+    The fused optimisers look at `found_inf`, the door that gradient scaling uses, without waiting for the answer. The
+    others are left without gradients, for which the answer is waited for.
     """
-    optimizer.grad_scale, optimizer.found_inf = None, when.float()  # type: ignore[attr-defined]
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.grad_scale, optimizer.found_inf = None, when.float()  # type: ignore[attr-defined]
+    elif when:
+        optimizer.zero_grad(set_to_none=True)
 
 
 class Meter:

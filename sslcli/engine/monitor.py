@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -118,7 +118,7 @@ class Monitor:
 
     def _measure(self, scalars: Mapping[str, Tensor]) -> health.Vitals:
         sample, method, device = self._sample, self._method, dist.device()
-        with undisturbed(method):
+        with undisturbed(method, compiled=self._preset.run.compile):
             network = method.exported()
             blocks = sample.plain.tensor_split(max(1, len(sample.plain) // self._at_once))
             features = torch.cat([network(self._plain_view.finish(block.to(device))).float().cpu() for block in blocks])
@@ -191,8 +191,8 @@ def voters(order: I64, labels: I64, count: int) -> I64:
 
 
 @contextmanager
-def undisturbed(method: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient in which nothing is learned, drawn or left changed.
+def undisturbed(method: nn.Module, *, compiled: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradient in which nothing is learned, drawn, compiled or left changed.
 
     Batch norms use the statistics of what passes: the running ones are immature early in a run, and behind the weights
     where those move fast.
@@ -203,6 +203,7 @@ def undisturbed(method: nn.Module) -> Iterator[None]:
         torch.no_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         statistics_of_the_batch(method),
+        torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
     ):
         method.eval()
         try:

@@ -27,6 +27,7 @@ from sslcli.engine.build import (
     training_of,
 )
 from sslcli.engine.feed import Feed
+from sslcli.engine.launch import restarted
 from sslcli.engine.monitor import Monitor
 from sslcli.engine.plan import check_batch, summary
 from sslcli.engine.record import Record, Silent, Watcher
@@ -113,17 +114,22 @@ def pretrain(
         record.open(preset, at)
         for line in found[2] if found else []:
             record.say(f"warning: {line}; an earlier checkpoint is used")
+        if dist.is_main() and (aside := checkpoint.set_aside(folder, at.step)):
+            record.say(f"warning: renamed {len(aside)} checkpoint(s) beyond step {at.step}, e.g. `{aside[-1]}`")
+        if why := restarted():
+            record.say(f"{why}; " + (f"resumed at step {at.step}" if found else "no checkpoint yet: begun anew"))
         record.say(summary(preset, source, training, facts, groups, at))
         if dist.is_main() and not (folder / "views.png").exists():
             show_views(feed, preset, at, folder)
         try:
-            with closing(checkpoint.Store(folder, preset.run.checkpoints.keep, facts.steps_per_epoch)) as store:
+            keep, shared = preset.run.checkpoints.keep, preset.run.shard and dist.world() > 1
+            with closing(checkpoint.Store(folder, keep, facts.steps_per_epoch, shared=shared)) as store:
                 at = loop.fit(
                     training,
                     feed,
                     preset,
                     at,
-                    look=look_of(method, source, preset),
+                    look=look_of(training, source, preset),
                     monitor=Monitor(
                         method,
                         source,

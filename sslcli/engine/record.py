@@ -5,7 +5,6 @@ import math
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -19,14 +18,13 @@ from sslcli.config.presets import PretrainPreset, as_data
 from sslcli.config.yaml_file import dump
 from sslcli.contracts import Progress
 from sslcli.engine import machine
+from sslcli.engine.drawing import Drawing
 from sslcli.engine.health import Verdict
 from sslcli.engine.loggers import Logger, first_line, open_logger
 
 METRICS, HEALTH = "metrics.jsonl", "health.jsonl"
 BEAT = 15.0
 """Seconds between signs of life in `status.json`, however long a step takes."""
-DRAW = 60.0
-"""Seconds between pictures, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ class Record:
         """How far the run has come."""
         self._batch_size = batch_size
         self._watcher = watcher if dist.is_main() else Silent()
-        self._draw = draw if dist.is_main() else None
+        self._drawing = Drawing(draw, folder) if draw is not None and dist.is_main() else None
         self._wanted = (*(["tensorboard"] if tensorboard else []), *loggers) if dist.is_main() else ()
         self._loggers: dict[str, Logger] = {}
         self._state, self._message = "", ""
@@ -103,7 +101,6 @@ class Record:
         self._closed = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="record")
-        self._drawing, self._drawn = False, -math.inf
 
     def open(self, preset: PretrainPreset, at: Progress) -> None:
         """Write what is known at the start; forget metrics of steps that will be taken again.
@@ -150,9 +147,7 @@ class Record:
             note = replace(note, health=self._health[1])
         self._log(line_of(note, at, eta))
         self._watcher.progress(note, at, eta)
-        if self._draw is not None and not self._drawing and time.monotonic() - self._drawn > DRAW:
-            self._drawing = True
-            self._aside.submit(self._redraw, self._draw)
+        self._picture(Drawing.refresh)
 
     def health(self, verdict: Verdict, vitals: Mapping[str, float], at: Progress) -> None:
         """What a look at the features found; the terminal hears of it when the verdict changes."""
@@ -196,8 +191,8 @@ class Record:
         self._aside.shutdown()
         for name in list(self._loggers):
             self._reach(name, lambda logger: logger.close(self._state == "finished"))
-        if self._draw is not None and (self.folder / METRICS).is_file():
-            self._redraw(self._draw)
+        if (self.folder / METRICS).is_file():
+            self._picture(Drawing.finish)
 
     def __enter__(self) -> "Record":
         return self
@@ -249,14 +244,15 @@ class Record:
             del self._loggers[name]
             self.say(f"warning: `{name}` gets no more metrics: {first_line(error)}")
 
-    def _redraw(self, draw: Callable[[Path], None]) -> None:
-        """Refresh the pictures; a picture that cannot be drawn is given up too."""
+    def _picture(self, act: Callable[[Drawing], None]) -> None:
+        """Refresh the pictures; if they cannot be drawn, they are given up too."""
+        if self._drawing is None:
+            return
         try:
-            draw(self.folder)
+            act(self._drawing)
         except Exception as error:
-            self._draw = None
+            self._drawing = None
             self.say(f"warning: no more pictures are drawn: {first_line(error)}")
-        self._drawing, self._drawn = False, time.monotonic()
 
 
 def line_of(note: Note, at: Progress, eta: float) -> str:

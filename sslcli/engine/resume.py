@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from sslcli import dist
 from sslcli.config.presets import PretrainPreset, as_data, operational_keys
 from sslcli.contracts import Progress, RunFacts
 from sslcli.data.source import Source
@@ -18,7 +19,7 @@ DECIDED_LATER = frozenset({"run.precision", "run.views", "data.workers"})
 def found_in(folder: Path, resume: Literal["auto", "never"] | Path) -> tuple[Path, checkpoint.State, list[str]] | None:
     """The checkpoint to continue from, and why newer ones cannot be read."""
     if isinstance(resume, Path):
-        path = checkpoint.newest(resume) if resume.is_dir() else resume
+        path = checkpoint.meant(resume)
         return path, checkpoint.read(path), []
     if resume == "never":
         if (folder / "preset.yaml").exists() or checkpoint.all_in(folder):
@@ -26,7 +27,20 @@ def found_in(folder: Path, resume: Literal["auto", "never"] | Path) -> tuple[Pat
                 f"`{folder}` already holds a run", hint="choose another folder with `--out`, or use `--resume auto`"
             )
         return None
-    return checkpoint.newest_whole(folder)
+    found = checkpoint.newest_whole(folder)
+    path = dist.broadcast_object(None if found is None else found[0])  # a shared disk may show ranks different files
+    if path is None:
+        return None
+    return found if found is not None and found[0] == path else (path, checkpoint.read(path), [])
+
+
+def after_restart(folder: Path, resume: Literal["auto", "never"] | Path) -> Literal["auto"] | Path:
+    """What `--resume` means once the command has begun: its own newest checkpoint; before the first, what was asked."""
+    if not isinstance(resume, Path):
+        return "auto"
+    begun = checkpoint.read(checkpoint.meant(resume))["progress"]["step"]
+    written = checkpoint.all_in(folder)
+    return "auto" if written and checkpoint.step_of(written[-1]) > begun else resume
 
 
 def writable(folder: Path) -> None:

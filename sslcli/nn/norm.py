@@ -226,6 +226,31 @@ def statistics_of_the_batch(module: nn.Module) -> Iterator[None]:
             layer.running_mean, layer.running_var = mean, variance
 
 
+@contextmanager
+def counted_once(module: nn.Module) -> Iterator[None]:
+    """Inside, passes in training mode leave no trace in running statistics.
+
+    For backward passes that compute activations again: the batch has been counted when they were computed first.
+    """
+    held = [
+        (layer, layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats
+    ]
+    try:
+        for layer, mean, variance, count in held:  # copies, not None: the first pass has saved them
+            layer.running_mean, layer.running_var = _copy(mean), _copy(variance)
+            layer.num_batches_tracked = _copy(count)
+        yield
+    finally:
+        for layer, mean, variance, count in held:
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
+
+
 def _finished(layer: "SplitBatchNorm | SyncBatchNorm | FusedSyncBatchNorm", y: Tensor) -> Tensor:
     done: Tensor = layer.act(layer.drop(y))
     return done

@@ -78,18 +78,22 @@ def test_a_line_for_every_change_until_the_run_has_finished(record: Record):
 
 
 @pytest.mark.parametrize(
-    ("state", "kind", "code"),
-    [("failed", SslError, 1), ("interrupted", SslError, 1), ("stopped", StoppedOnRequest, 75)],
+    ("state", "kind", "words"),
+    [
+        ("failed", SslError, "failed"),
+        ("interrupted", SslError, "was interrupted"),
+        ("stopped", StoppedOnRequest, "stopped"),
+    ],
 )
 def test_a_run_that_did_not_finish_ends_the_command_with_an_error(
-    record: Record, state: str, kind: type[SslError], code: int
+    record: Record, state: str, kind: type[SslError], words: str
 ):
     record.health(Verdict("collapsed", "do this"), {}, Progress(7, 20, 5, 0))
     record.status(state, Progress(7, 20, 5, 0), "it broke")
     with pytest.raises(kind) as caught:
         CliRunner().invoke(app, ["watch", str(record.folder)], catch_exceptions=False)
-    assert caught.value.exit_code == code
-    assert caught.value.message == f"the run is {state} at step 7: it broke"
+    assert caught.value.exit_code == (75 if state == "stopped" else 1)
+    assert caught.value.message == f"the run {words} at step 7: it broke"
     assert caught.value.hint == f"`ssl resume {record.folder}` continues it; but first: do this"
 
 
@@ -97,7 +101,7 @@ def test_a_process_that_is_gone_is_noticed(record: Record):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     change(record.folder, pid=process.pid)
-    with pytest.raises(SslError, match=f"the run is died at step 5: its process {process.pid} is gone"):
+    with pytest.raises(SslError, match=f"the run died at step 5: its process {process.pid} is gone"):
         CliRunner().invoke(app, ["watch", str(record.folder)], catch_exceptions=False)
 
 
@@ -134,7 +138,7 @@ def test_the_screen_shows_what_matters(record: Record):
     record.health(Verdict("warning", "lower [it]"), {"knn": 31.0}, Progress(5, 20, 5, 0))
     tail = Tail(record.folder / "metrics.jsonl")
     tail.refresh()
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=200)
     console.print(screen(Run(record.folder), tail.rows))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for words in ("simclr on resnet", "running", "1.00 of 4", "5 of 20", "4.5000", "warning  lower [it]", "31.0 %"):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from sslcli import dist
 from sslcli.config.load import load
 from sslcli.config.presets import PretrainPreset
 from sslcli.contracts import Progress
@@ -323,3 +324,42 @@ def test_few_classes_vote_where_there_are_many():
 def test_another_seed_looks_at_other_images(tmp_path: Path):
     chosen = [set(monitor_of(small(f"seed={seed}"), tmp_path / "run")[0]._sample.index.tolist()) for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1] != chosen[2]
+
+
+def look_on_ranks(folder: Path, overrides: Sequence[str]) -> tuple[list[str], int]:
+    """On every rank: the names of the files it wrote, and the step at which it stopped, if it did."""
+    mine = folder / f"rank{dist.rank()}"
+    monitor, method = monitor_of(small("run.on_collapse=stop", *overrides), mine)
+    method.train()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    spread = torch.tensor(0.05 if dist.is_main() else 0.9)  # what the main rank sees counts
+    stopped = 0
+    for step in (2, 4):
+        try:
+            monitor.look(Progress(step, 10, 5, 0), {"spread": spread})
+        except CollapsedError:
+            stopped = step
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    return sorted(path.name for path in mine.iterdir()), stopped
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "overrides", [(), ("run.batch_norm=4",), ("run.batch_norm=32",)], ids=["global", "split", "pooled"]
+)
+def test_ranks_agree_and_the_main_one_writes(two_ranks: Any, tmp_path: Path, overrides: Sequence[str]):
+    (files, stopped), (others, also) = two_ranks(look_on_ranks, tmp_path, overrides)
+    assert stopped == also == 4
+    assert {"health.jsonl", "status.json", "log.txt"} <= set(files)
+    assert others == []
+
+
+def test_a_compiled_network_is_looked_at_without_compiling_it_again(tmp_path: Path):
+    """Compiling what a look needs would take minutes on a large network."""
+    from torch._dynamo.utils import counters
+
+    monitor, _ = monitor_of(small("run.compile=true"), tmp_path / "run")
+    counters.clear()
+    monitor.look(Progress(2, 10, 5, 0), {})
+    assert counters["stats"].get("unique_graphs", 0) == 0
+    assert words(tmp_path / "run") == ["healthy"]
