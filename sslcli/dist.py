@@ -85,7 +85,7 @@ def _meeting() -> dict[str, Any]:
     if ROUND not in os.environ:
         return {}
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-    return {"store": td.PrefixStore(os.environ[ROUND], store), "rank": rank, "world_size": world}
+    return {"store": td.distributed_c10d.PrefixStore(os.environ[ROUND], store), "rank": rank, "world_size": world}
 
 
 def any_rank(flag: bool) -> bool:

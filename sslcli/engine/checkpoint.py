@@ -231,12 +231,18 @@ def newest_whole(run: Path) -> tuple[Path, State, list[str]] | None:
 
 
 def set_aside(run: Path, step: int) -> list[Path]:
-    """Rename checkpoints beyond a step to `….pt.aside`: the run goes on from there, and they belong to another course.
+    """Rename checkpoints beyond a step to `….aside`: the run goes on from there, and they belong to another course.
 
     Left where they are, they would pass for the newest, and push the new ones out.
     """
-    beyond = [path for path in all_in(run) if step_of(path) > step]
-    return [path.replace(path.with_name(f"{path.name}.aside")) for path in beyond]
+    aside: list[Path] = []
+    for path in all_in(run):
+        if step_of(path) > step:
+            target = path.with_name(f"{path.name}.aside")
+            if target.is_dir():
+                shutil.rmtree(target)
+            aside.append(path.replace(target))
+    return aside
 
 
 def to_host(value: Any) -> Any:

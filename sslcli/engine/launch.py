@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -190,9 +191,17 @@ class Word:
 
 @contextmanager
 def last_words() -> Iterator[None]:
-    """Tell our launcher of an error before the other ranks can notice that this one is gone."""
+    """Tell our launcher of an error before the other ranks can notice that this one is gone.
+
+    A rank that only lost the others says so in a line; what happened is for the one that it happened to.
+    """
     try:
         yield
+    except RuntimeError as error:
+        if isinstance(error, DistError) or "gloo/transport" in str(error):
+            sys.stderr.write(f"rank {os.environ['RANK']} has lost another rank\n")
+            raise SystemExit(EXIT_FAILURE) from error
+        raise
     except SslError as error:
         if _WORDS in os.environ:
             said = {
@@ -215,17 +224,15 @@ def words_in(folder: Path) -> dict[int, Word]:
 
 
 def reason(result: RunResult, words: Mapping[int, Word]) -> str:
-    """Which rank failed first and how, e.g. `rank 1: SIGKILL`."""
-    for rank, word in words.items():
-        return f"rank {rank}: {word.message}"
+    """What went wrong first, as far as it can be known, e.g. `rank 1: SIGKILL`."""
     # Those that the agent then ended itself come later, or by its SIGTERM
     first = min(failure.timestamp for failure in result.failures.values())
-    codes = {rank: f.exitcode for rank, f in sorted(result.failures.items()) if f.timestamp == first}
-    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
-    for rank, number in killed.items():
-        return f"rank {rank}: {signal.Signals(number).name}"
-    rank, code = next(iter(codes.items()))
-    return f"rank {rank}: exit code {code}"
+    for rank, failure in sorted(result.failures.items()):
+        if failure.timestamp == first and failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            return f"rank {rank}: {signal.Signals(-failure.exitcode).name}"
+    for rank, word in words.items():
+        return f"rank {rank}: {word.message}"
+    return f"exit code {max(failure.exitcode for failure in result.failures.values())}"
 
 
 def _exit_code(result: RunResult, words: Mapping[int, Word], max_restarts: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sslcli import dist
+from sslcli.config.load import from_data
 from sslcli.config.presets import PretrainPreset, as_data, operational_keys
 from sslcli.contracts import Progress, RunFacts
 from sslcli.data.source import Source
@@ -66,7 +67,8 @@ def same_experiment(stored: checkpoint.State, preset: PretrainPreset, source: So
     Raises:
         UserError: the preset or the images differ; the differing keys are listed.
     """
-    before, now = stored["preset"], as_data(preset)
+    decided = from_data("pretrain", stored["preset"])  # fills in keys that are younger than the checkpoint
+    before, now = as_data(decided), as_data(preset)
     differing = [
         f"{key}: {old!r} -> {new!r}" for key, old, new in differences(before, now) if not free_to_change(key, new)
     ]
@@ -81,7 +83,6 @@ def same_experiment(stored: checkpoint.State, preset: PretrainPreset, source: So
             f"now {len(source)}, fingerprint differs)",
             hint="point `--data` at the images the run was started on, or choose another folder with `--out`",
         )
-    decided = PretrainPreset.model_validate(before)
     run = preset.run.model_copy(update={"precision": decided.run.precision, "views": decided.run.views})
     return preset.model_copy(update={"run": run})
 

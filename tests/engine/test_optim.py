@@ -1,17 +1,30 @@
 import copy
 import io
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslcli.config.optim import AdamW, AnyOptim, Lamb, ParamRule, Sgd
 from sslcli.config.optim import Lars as LarsWords
-from sslcli.engine.optim import Lars, make_optimizer, param_groups, set_lr, table
+from sslcli.engine.optim import (
+    HEAD,
+    Lars,
+    depths,
+    layer_scales,
+    make_optimizer,
+    param_groups,
+    set_lr,
+    set_weight_decay,
+    table,
+)
 from sslcli.errors import PresetError
 
 CPU = torch.device("cpu")
@@ -325,3 +338,84 @@ def test_scaled_groups_follow_the_schedule_too(net: Net) -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [1.6, 1.6 * 0.024]
     assert set_lr(optimizer, 1.6, 0.5) == 0.8
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.8, 0.8 * 0.024])
+
+
+@pytest.mark.golden
+def test_weight_decay_moves_as_in_dino(net: Net, golden: Path) -> None:
+    with np.load(golden / "optim" / "cosine_scheduler_wd.npz") as archive:
+        start, end, path = (
+            float(archive["param_base_value"]),
+            float(archive["param_final_value"]),
+            archive["out_schedule"],
+        )
+    cfg = AdamW(lr=0.1, weight_decay=start, weight_decay_end=end)
+    rules = [ParamRule(one_dim=True, weight_decay=0), ParamRule(match="predictor.weight", weight_decay=0.01)]
+    optimizer = make_optimizer(param_groups(net.named_parameters(), cfg, rules), cfg, 0.1, CPU)
+    for step, value in enumerate(path):
+        set_weight_decay(optimizer, start, end, step / len(path))
+        found = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["names"]}
+        assert found["trunk.0.weight"] == pytest.approx(value, rel=1e-12)
+        assert found["trunk.1.weight"] == 0
+        assert found["predictor.weight"] == 0.01
+
+
+def test_the_table_says_that_weight_decay_moves(net: Net) -> None:
+    cfg = AdamW(lr=0.1, weight_decay=0.04, weight_decay_end=0.4)
+    lines = table(param_groups(net.named_parameters(), cfg, [ParamRule(one_dim=True, weight_decay=0)])).splitlines()
+    assert "0.04 at first" in lines[1]
+    assert "at first" not in lines[2]
+
+
+def as_timm_names(name: str) -> str:
+    """The authors' Swin ends a stage with the merging of patches; timm's begins the next one with it."""
+    stage = re.match(r"layers\.(\d+)\.downsample", name)
+    return name if stage is None else name.replace(stage[0], f"layers.{int(stage[1]) + 1}.downsample")
+
+
+SHARED_BIAS = {"depth": 4, "use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": True}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("case", "network", "settings"),
+    [
+        ("mae_vit_base_cls", "vit_base_patch16_224", {}),
+        ("mae_vit_base_gap", "vit_base_patch16_224", {"global_pool": "avg"}),
+        ("simmim_vit_base", "beit_base_patch16_224", {}),
+        ("beit_d4_shared", "beit_base_patch16_224", {"global_pool": "token", **SHARED_BIAS}),
+        ("simmim_swin_base", "swin_base_patch4_window7_224", {}),
+    ],
+)
+def test_layer_decay_equals_its_references(golden: Path, case: str, network: str, settings: dict[str, object]) -> None:
+    seen = json.loads((golden / "layer_decay" / f"{case}.json").read_text())
+    with torch.device("meta"):
+        trunk = timm.create_model(network, num_classes=0, **settings)
+    ours = layer_scales(trunk, seen["decay"], "trunk.")
+    theirs = {as_timm_names(name): scale for name, scale in seen["scales"].items() if not name.startswith("head.")}
+    assert {name.removeprefix("trunk.") for name in ours} == theirs.keys()
+    assert {name: ours[f"trunk.{name}"] for name in theirs} == pytest.approx(theirs, rel=1e-12)
+
+
+def test_the_levels_of_a_resnet_are_its_stages() -> None:
+    with torch.device("meta"):
+        levels = depths(timm.create_model("resnet18", num_classes=0))
+    first = {name: levels[name] for name in ("conv1.weight", "bn1.bias", "layer1.0.conv1.weight", "layer1.1.bn2.bias")}
+    assert list(first.values()) == [0, 0, 1, 1]
+    assert levels["layer4.1.conv2.weight"] == 4
+    assert levels[HEAD] == 5
+
+
+def test_layer_decay_of_an_unknown_network_is_refused(net: Net) -> None:
+    with pytest.raises(PresetError, match=r"`optim\.layer_decay`.* `Net`"):
+        layer_scales(net, 0.5, "")
+
+
+def test_layer_decay_multiplies_what_the_rules_say(net: Net) -> None:
+    scales = {"trunk.0.weight": 0.25, "trunk.3.weight": 0.5, "frozen": 0.1}
+    rules = [ParamRule(match="trunk.0", lr_scale=4.0)]
+    groups = param_groups(net.named_parameters(), Sgd(lr=1), rules, scales)
+    found = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert found["trunk.0.weight"] == 1.0
+    assert found["trunk.0.bias"] == 4.0
+    assert found["trunk.3.weight"] == 0.5
+    assert found["predictor.weight"] == 1.0

@@ -151,6 +151,18 @@ def test_another_preset_or_other_images_are_refused(tmp_path: Path):
     pretrain(tiny("run.epochs=1", "run.log_every=3", "run.checkpoints.keep.last=1"), tmp_path)  # free to change
 
 
+def test_a_key_that_is_younger_than_the_checkpoint_stands_at_its_default(tmp_path: Path):
+    with pytest.raises(StoppedOnRequest):
+        pretrain(tiny(), tmp_path, watcher=Listener(7))
+    path = checkpoint.newest(tmp_path)
+    state = checkpoint.read(path)
+    del state["preset"]["run"]["deterministic"]
+    checkpoint.write(path, {key: value for key, value in state.items() if key not in ("format", "version")})
+    assert pretrain(tiny(), tmp_path).at.done
+    with pytest.raises(UserError, match=r"run\.deterministic: False -> True"):
+        pretrain(tiny("run.deterministic=true"), tmp_path)
+
+
 def test_never_refuses_a_folder_in_use(tmp_path: Path):
     pretrain(tiny("run.epochs=1"), tmp_path)
     with pytest.raises(UserError, match="already holds a run"):
