@@ -210,6 +210,8 @@ def _executor(words: Sequence[str], wanted: Wanted, folder: Path) -> "SlurmExecu
         ntasks_per_node=1,
         gpus_per_node=gpus,
         cpus_per_task=wanted.cpus,
+        # A task may use all that the job has of its machine; from sbatch, srun does not inherit how much that is
+        srun_args=["--cpu-bind=none", *([f"--cpus-per-task={wanted.cpus}"] if wanted.cpus else [])],
         wckey=None,
         stderr_to_stdout=True,
         additional_parameters={**wanted.more, "requeue": True, "signal": f"USR1@{wanted.lead}"},
