@@ -81,11 +81,14 @@ def joined() -> Iterator[None]:
 
 
 def _meeting() -> dict[str, Any]:
-    """Where ranks find each other under our launcher: after a restart, not among the addresses of those that died."""
-    if ROUND not in os.environ:
+    """Where ranks find each other when a launcher starts them again: not among the addresses of those that died."""
+    word = os.environ.get(ROUND)
+    if word is None and os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun; machines of several count for themselves
+        word = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if word is None:
         return {}
     store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-    return {"store": td.distributed_c10d.PrefixStore(os.environ[ROUND], store), "rank": rank, "world_size": world}
+    return {"store": td.distributed_c10d.PrefixStore(word, store), "rank": rank, "world_size": world}
 
 
 def any_rank(flag: bool) -> bool:

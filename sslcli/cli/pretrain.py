@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,9 +14,10 @@ from sslcli.cli.watch import Terminal
 from sslcli.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sslcli.config.presets import PretrainPreset
+    from sslcli.contracts import Method
+
+    Start = Callable[[Method[Any]], str]
 
 Rendezvous = Annotated[str | None, typer.Option("--rdzv", metavar="HOST:PORT", help="Where several machines meet.")]
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines; start the same command on each.")]
@@ -59,8 +60,16 @@ def pretrain(
         str, typer.Option("--resume", metavar="auto|never|PATH", help="Continue what `--out` holds, or not.")
     ] = "auto",
     init_from: Annotated[
-        str | None, typer.Option("--init-from", metavar="FILE|RUN", help="Weights the backbone begins with.")
+        str | None,
+        typer.Option(
+            "--init-from",
+            metavar="FILE|RUN",
+            help="Weights to begin with: of a run of the same method all of them, otherwise the backbone's.",
+        ),
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="With `--init-from`: take what fits, leave the rest as it starts.")
+    ] = False,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every draw of the run.")] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Refuse non-deterministic kernels.")] = False,
     dry_run: Annotated[
@@ -77,6 +86,7 @@ def pretrain(
     """
     from sslcli.config.load import load
 
+    _quiet()
     flags = image_flags(data)
     if seed is not None:
         flags["seed"] = (seed, "--seed")
@@ -90,7 +100,8 @@ def pretrain(
     how: Literal["auto", "never"] | Path = (
         "auto" if resume == "auto" else "never" if resume == "never" else Path(resume)
     )
-    _run(loaded.preset, folder, how, init_from, Machines(gpus, procs, nodes, rdzv, max_restarts, slurm or (), dry_run))
+    start = None if init_from is None else _begins_with(init_from, allow_partial)
+    _run(loaded.preset, folder, how, start, Machines(gpus, procs, nodes, rdzv, max_restarts, slurm or (), dry_run))
 
 
 def resume(
@@ -104,6 +115,7 @@ def resume(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With `--slurm`: show the script; write nothing.")] = False,
 ) -> None:
     """Continue a run from its newest checkpoint, with the preset it was started with."""
+    _quiet()
     from sslcli.config.load import from_data
     from sslcli.engine.checkpoint import newest_whole
 
@@ -115,6 +127,11 @@ def resume(
         _dry_run(preset, gpus)
         return
     _run(preset, run, "auto", None, Machines(gpus, procs, nodes, rdzv, max_restarts, slurm or (), dry_run))
+
+
+def _quiet() -> None:
+    """Keep torch's C++ side from commenting on every lost connection; it asks only once, when it is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def image_flags(data: Path | None) -> dict[str, tuple[Any, str]]:
@@ -130,7 +147,7 @@ def _run(
     preset: "PretrainPreset",
     folder: Path,
     resume: Literal["auto", "never"] | Path,
-    init_from: str | None,
+    start: "Start | None",
     at: Machines,
 ) -> None:
     from sslcli.engine.launch import last_words, launch, launched, restarted
@@ -155,7 +172,6 @@ def _run(
     from sslcli.runs.curves import draw
 
     with dist.joined(), last_words(), Terminal() as terminal:
-        start = _start_weights(init_from)
         outcome = job.pretrain(preset, folder, resume=resume, start=start, watcher=terminal, draw=draw)
         if dist.is_main():
             _finish(outcome.folder, outcome.fresh, terminal)
@@ -218,13 +234,13 @@ def _check_before_launch(
     check_batch(preset, len(source), ranks)
 
 
-def _start_weights(init_from: str | None) -> "dict[str, Tensor] | None":
-    if init_from is None:
-        return None
-    from sslcli.features import weights
+def _begins_with(what: str, allow_partial: bool) -> "Start":
+    def start(method: "Method[Any]") -> str:
+        from sslcli.features.weights import begin_with
 
-    loaded = weights.load(init_from)
-    return dict(loaded.backbone.trunk.state_dict())
+        return begin_with(method, what, allow_partial=allow_partial)
+
+    return start
 
 
 def _dry_run(preset: "PretrainPreset", gpus: int | None) -> None:

@@ -27,14 +27,19 @@ def resume(
     steps: Annotated[int, typer.Option("--steps", min=4, help="Length of the runs in steps.")] = 12,
     kills: Annotated[int, typer.Option("--kills", min=1, help="How often the second run is killed.")] = 2,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the steps at which it is killed.")] = 0,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Kill by SIGKILL only, inside one command that starts its ranks again.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Keep both runs here.")] = None,
     override: Override = None,
 ) -> None:
     """Run a small copy of a preset straight and with kills, and compare parameters, optimiser, images and views."""
     from sslcli.config.load import load
     from sslcli.engine.verify import verify_resume
-    from sslcli.errors import EXIT_FAILURE
+    from sslcli.errors import EXIT_FAILURE, UserError
 
+    if elastic and procs_after is not None:
+        raise UserError("`--elastic` keeps the number of processes", hint="leave out `--procs-after`")
     chosen = load("pretrain", preset, override or ()).preset
 
     def say(text: str) -> None:
@@ -49,6 +54,7 @@ def resume(
             steps=steps,
             kills=kills,
             seed=seed,
+            elastic=elastic,
             say=say,
         )
     print(f"images of every batch   {'equal' if verdict.images else 'DIFFERENT'}")

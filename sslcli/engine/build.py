@@ -1,7 +1,7 @@
 """From words to things: the method and its backbone that a preset describes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
@@ -162,8 +162,7 @@ def training_of(method: Method[Any], preset: PretrainPreset) -> tuple[loop.Train
         recompute(method.backbone)
     blocks = list(blocks_of(method))
     if run.compile:
-        for part in blocks if shared else backbones_of(method):
-            part.compile()
+        compile_(backbones_of(method), blocks if shared else None)
     lr = preset.optim.effective_lr(preset.data.batch_size)
     decay = preset.optim.layer_decay
     scales = {} if decay is None else optim.layer_scales(method.backbone.trunk, decay, "backbone.trunk.")
@@ -180,13 +179,10 @@ def check_shard(preset: PretrainPreset) -> None:
     """Refuse what does not work on shares.
 
     Raises:
-        PresetError: LAMB (its norms would be those of shares), or leaving
-            steps out with SGD (only the fused kernel, which shares lack, can do that without waiting).
+        PresetError: LAMB, whose norms are timm's affair.
     """
     if preset.optim.name == "lamb":
         raise PresetError("`run.shard` does not go with `optim.name: lamb`", hint="use adamw, sgd or lars")
-    if preset.optim.name == "sgd" and preset.run.on_nonfinite == "skip":
-        raise PresetError("`run.shard` with sgd does not go with `run.on_nonfinite: skip`", hint="use `stop`")
 
 
 def set_arithmetic(preset: PretrainPreset) -> None:
@@ -195,6 +191,20 @@ def set_arithmetic(preset: PretrainPreset) -> None:
         faster = preset.run.tf32 and preset.run.precision == "fp32"
         torch.set_float32_matmul_precision("high" if faster else "highest")
         torch.backends.cudnn.allow_tf32 = faster
+
+
+def compile_(backbones: Iterable[Backbone], blocks: Iterable[nn.Module] | None) -> None:
+    """Have torch.compile make kernels, at first use, for whole backbones; or, if given, for each block by itself.
+
+    Modules keep their names. A shared block fetches its parameters when it is called, which no kernel can contain.
+    """
+    if blocks is not None:
+        for block in blocks:
+            block.compile()
+        return
+    for backbone in backbones:
+        backbone.compile()
+        backbone.maps = torch.compile(backbone.maps)  # type: ignore[method-assign]
 
 
 def recompute(backbone: Backbone) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from sslcli import dist
 from sslcli.engine.machine import cores
-from sslcli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_RESUMABLE, EXIT_USER, SslError
+from sslcli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_RESUMABLE, EXIT_USER, SslError, StoppedOnRequest
 
 GRACE = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"))
 """Seconds that ranks have for their checkpoint after the launcher was asked to stop; then they are killed."""
@@ -81,14 +81,17 @@ def launch(
     try:
         with tempfile.TemporaryDirectory(prefix="ssl-") as words:
             os.environ[_WORDS] = words
-            result = _run(arguments, processes, nodes, rendezvous, max_restarts, Path(words))
+            try:
+                result = _run(arguments, processes, nodes, rendezvous, max_restarts, Path(words))
+            except RendezvousError as error:
+                if said := words_in(Path(words)):  # the machine of the meeting place was the first to end
+                    return _spoken(said)
+                raise SslError(
+                    f"no connection to the other machines through `{rendezvous}`: {error}",
+                    hint="start the same command on all machines within half an hour; HOST is the name of one of them, "
+                    "and the others must reach its PORT. A run that was under way continues by the same command",
+                ) from error
             return _exit_code(result, words_in(Path(words)), max_restarts) if result.is_failed() else 0
-    except RendezvousError as error:
-        raise SslError(
-            f"the machines did not find each other at `{rendezvous}`: {error}",
-            hint="start the same command on all machines within half an hour; HOST is the name of one of them, "
-            "and the others must reach its PORT",
-        ) from error
     except (SignalException, KeyboardInterrupt) as stop:
         by_hand = isinstance(stop, KeyboardInterrupt) or stop.sigval == signal.SIGINT
         return EXIT_INTERRUPTED if by_hand else EXIT_RESUMABLE
@@ -235,13 +238,21 @@ def reason(result: RunResult, words: Mapping[int, Word]) -> str:
     return f"exit code {max(failure.exitcode for failure in result.failures.values())}"
 
 
+def _spoken(words: Mapping[int, Word]) -> int:
+    """The exit code that a rank's last words ask for; raises what the first rank does not say itself."""
+    rank, word = next(iter(words.items()))
+    if rank == 0:
+        return word.code
+    if word.code == EXIT_RESUMABLE:
+        raise StoppedOnRequest(word.message, hint=word.hint)
+    error = SslError(f"rank {rank}: {word.message}", hint=word.hint)
+    error.exit_code = word.code
+    raise error
+
+
 def _exit_code(result: RunResult, words: Mapping[int, Word], max_restarts: int) -> int:
-    for rank, word in words.items():
-        if rank == 0:  # it has said so itself
-            return word.code
-        error = SslError(f"rank {rank}: {word.message}", hint=word.hint)
-        error.exit_code = word.code
-        raise error
+    if words:
+        return _spoken(words)
     codes = {failure.exitcode for failure in result.failures.values()}
     decided = next((code for code in (EXIT_USER, EXIT_RESUMABLE) if code in codes), None)
     if decided is not None:
@@ -249,9 +260,9 @@ def _exit_code(result: RunResult, words: Mapping[int, Word], max_restarts: int) 
     why = reason(result, words)
     if "SIG" in why:
         used = f", and {max_restarts} restart(s) are used up" if max_restarts else ""
-        more = "" if max_restarts else "; `--max-restarts 3` would have done so by itself"
         raise SslError(
             f"a process died ({why}){used}",
-            hint=f"the same command continues from the last checkpoint{more}. SIGKILL often means that memory ran out",
+            hint="run the same command again; pretraining continues from its last checkpoint, and by itself with "
+            "`--max-restarts 3`. SIGKILL often means that memory ran out",
         )
     return EXIT_FAILURE  # the rank's traceback stands above

@@ -1,19 +1,18 @@
 """The pretraining job: preset and folder in, run folder out."""
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from sslcli import dist
 from sslcli.config.presets import PretrainPreset
-from sslcli.contracts import Progress
+from sslcli.contracts import Method, Progress
 from sslcli.data import open_source
 from sslcli.engine import checkpoint, loop, machine
 from sslcli.engine.build import (
@@ -53,7 +52,7 @@ def pretrain(
     folder: Path,
     *,
     resume: Literal["auto", "never"] | Path = "auto",
-    start: Mapping[str, Tensor] | None = None,
+    start: Callable[[Method[Any]], str] | None = None,
     watcher: Watcher | None = None,
     draw: Callable[[Path], None] | None = None,
 ) -> Outcome:
@@ -64,7 +63,7 @@ def pretrain(
         folder: its run folder.
         resume: `auto` continues an unfinished run of the same preset; `never` refuses a folder in use; a path continues
             from that checkpoint.
-        start: weights for the backbone's trunk to begin with, by canonical name; only for a new run.
+        start: called on the method of a new run, to put weights into it; says in one line what it did.
         watcher: who looks on.
         draw: called now and then with the folder, to refresh its pictures.
 
@@ -102,9 +101,7 @@ def pretrain(
     with closing(loader_of(preset, source, views)) as loader, record, stop_signals() as stop_asked:
         facts = facts_of(preset, images=len(source), steps_per_epoch=loader.steps_per_epoch)
         method = method_of(preset, facts)
-        if start is not None and stored is None:
-            method.backbone.trunk.load_state_dict(start)
-            method.copy_student()
+        begun = start(method) if start is not None and stored is None else None
         training, groups = training_of(method, preset)
         feed = feed_of(loader, views, preset)
         at = Progress(step=0, total=facts.total_steps, steps_per_epoch=facts.steps_per_epoch, seed=preset.seed)
@@ -118,6 +115,8 @@ def pretrain(
             record.say(f"warning: renamed {len(aside)} checkpoint(s) beyond step {at.step}, e.g. `{aside[-1]}`")
         if why := restarted():
             record.say(f"{why}; " + (f"resumed at step {at.step}" if found else "no checkpoint yet: begun anew"))
+        if begun is not None:
+            record.say(begun)
         record.say(summary(preset, source, training, facts, groups, at))
         if dist.is_main() and not (folder / "views.png").exists():
             show_views(feed, preset, at, folder)

@@ -1,6 +1,7 @@
 """Proof of exact resume: the same small run once straight and once with kills, compared bit by bit.
 
-Every run is the real command in real processes; a kill is SIGKILL of one rank or SIGTERM to the whole job.
+Every run is the real command in real processes; a kill is SIGKILL of one rank or SIGTERM to the whole job. With
+`elastic`, all kills are SIGKILL, and the one command starts its ranks again by itself.
 """
 
 import json
@@ -26,6 +27,8 @@ from sslcli.errors import EXIT_RESUMABLE, SslError
 
 SIDE = 32
 """Size of the images and views of a small copy, in pixels."""
+
+_OF_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ def verify_resume(
     steps: int = 12,
     kills: int = 2,
     seed: int = 0,
+    elastic: bool = False,
     say: Callable[[str], None] = print,
 ) -> Verdict:
     """Run a small copy of a preset straight, and again with kills at random steps, and compare.
@@ -103,6 +107,7 @@ def verify_resume(
         steps: length of the runs.
         kills: how often the second run is killed: in turn SIGKILL of one rank, SIGTERM to all.
         seed: which steps are chosen.
+        elastic: only SIGKILL, all within one command that has `--max-restarts`.
         say: who is told what happens.
 
     Raises:
@@ -115,18 +120,14 @@ def verify_resume(
     file.write_text(dump(as_data(small)), encoding="utf-8")
     say(f"straight: {steps} steps on {ranks} rank(s)")
     _run(_command(file, folder / "straight", ranks), folder / "straight.trace")
-    done: list[str] = []
-    key = seeds.seed_of(seed, "kill")
-    chosen = sorted(1 + int(step) for step in seeds.permutation(steps - 2, key)[:kills])
-    for number, step in enumerate(chosen):
-        term = number % 2 == 1
-        processes = ranks if number == 0 else after
-        victim = int(seeds.permuted(number, processes, key)) if number < processes else 0
-        command = _command(file, folder / "killed", processes)
-        what = _kill_at(command, folder / "killed.trace", step, victim, term=term)
-        say(f"killed:   {what}")
-        done.append(what)
-    _run(_command(file, folder / "killed", after), folder / "killed.trace")
+    steps_killed = sorted(1 + int(step) for step in seeds.permutation(steps - 2, seeds.seed_of(seed, "kill"))[:kills])
+    victims = [
+        int(seeds.permuted(number % count, count, seeds.seed_of(seed, "victim")))
+        for number, count in enumerate([ranks, *[after] * (len(steps_killed) - 1)])
+    ]
+    done = (_killed_within if elastic else _killed_between)(
+        file, folder / "killed", (ranks, after), list(zip(steps_killed, victims, strict=True)), say
+    )
     straight, killed = _trace(folder / "straight.trace"), _trace(folder / "killed.trace")
     same = after == ranks
     return Verdict(
@@ -139,6 +140,65 @@ def verify_resume(
     )
 
 
+def _killed_between(
+    preset: Path, out: Path, ranks: tuple[int, int], plan: Sequence[tuple[int, int]], say: Callable[[str], None]
+) -> list[str]:
+    """One command after another, each but the last killed at its step; says what was done."""
+    done: list[str] = []
+    trace, (first, after) = out.with_suffix(".trace"), ranks
+    for number, (step, victim) in enumerate(plan):
+        process = _start(_command(preset, out, after if number else first), trace)
+        term = number % 2 == 1
+        reached = _wait_for(process, trace, step, victim, known=frozenset())
+        if reached is not None:
+            os.kill(process.pid if term else reached, signal.SIGTERM if term else signal.SIGKILL)
+        _, errors = process.communicate()
+        if term and process.returncode not in (0, EXIT_RESUMABLE):
+            raise SslError(f"after SIGTERM the run ended with exit code {process.returncode}: {_last(errors)}")
+        what = f"SIGTERM to the job at step {step}" if term else f"SIGKILL of rank {victim} at step {step}"
+        done.append(f"nothing: the run ended before step {step}" if process.returncode == 0 else what)
+        say(f"killed:   {done[-1]}")
+    _run(_command(preset, out, after), trace)
+    return done
+
+
+def _killed_within(
+    preset: Path, out: Path, ranks: tuple[int, int], plan: Sequence[tuple[int, int]], say: Callable[[str], None]
+) -> list[str]:
+    """One command, whose ranks are killed in turn and start again by themselves; says what was done."""
+    done: list[str] = []
+    trace = out.with_suffix(".trace")
+    process = _start([*_command(preset, out, ranks[0]), "--max-restarts", str(len(plan))], trace)
+    known: frozenset[int] = frozenset()
+    for step, victim in plan:
+        reached = _wait_for(process, trace, step, victim, known)
+        if reached is None:
+            break
+        known |= {note["pid"] for file in trace.parent.glob(f"{trace.name}.*") for note in _lines(file)}
+        os.kill(reached, signal.SIGKILL)
+        done.append(f"SIGKILL of rank {victim} at step {step}")
+        say(f"killed:   {done[-1]}")
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise SslError(f"the command ended with exit code {process.returncode}: {_last(errors)}")
+    restarts = [line for line in errors.splitlines() if line.startswith("restarted (")]
+    for line in restarts:
+        say(f"          {line}")
+    if len(restarts) != len(done):
+        raise SslError(f"{len(done)} kills, but {len(restarts)} restarts in the log")
+    return done
+
+
+def _wait_for(process: "subprocess.Popen[str]", trace: Path, step: int, rank: int, known: frozenset[int]) -> int | None:
+    """Process id of a rank once it has reached a step, earlier processes aside; None if the run ends before."""
+    while process.poll() is None:
+        for note in _lines(Path(f"{trace}.{rank}")):
+            if note["step"] >= step and note["pid"] not in known and _alive(note["pid"]):
+                return int(note["pid"])
+        time.sleep(0.01)
+    return None
+
+
 def _command(preset: Path, out: Path, ranks: int) -> list[str]:
     words = [sys.executable, "-m", "sslcli", "pretrain", "--preset", str(preset), "--out", str(out)]
     return words if ranks == 1 else [*words, "--procs", str(ranks)]
@@ -146,8 +206,9 @@ def _command(preset: Path, out: Path, ranks: int) -> list[str]:
 
 def _start(command: Sequence[str], trace: Path) -> "subprocess.Popen[str]":
     environment = {**os.environ, "SSL_TRACE": str(trace), "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+    for name in list(environment):
+        if name in _OF_A_LAUNCHER or name.startswith(("TORCHELASTIC_", "SLURM_")):
+            del environment[name]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -158,24 +219,6 @@ def _run(command: Sequence[str], trace: Path) -> None:
     _, errors = process.communicate()
     if process.returncode != 0:
         raise SslError(f"a run of the proof failed with exit code {process.returncode}: {_last(errors)}")
-
-
-def _kill_at(command: Sequence[str], trace: Path, step: int, victim: int, *, term: bool) -> str:
-    """Run a command until it reaches a step, kill it there, and say how."""
-    process = _start(command, trace)
-    while process.poll() is None:
-        note = next((n for n in _lines(Path(f"{trace}.{victim}")) if n["step"] >= step), None)
-        if note is not None and _alive(note["pid"]):
-            target, number = (process.pid, signal.SIGTERM) if term else (note["pid"], signal.SIGKILL)
-            os.kill(target, number)
-            break
-        time.sleep(0.01)
-    _, errors = process.communicate()
-    if process.returncode == 0:
-        return f"nothing: the run ended before the kill at step {step}"
-    if term and process.returncode != EXIT_RESUMABLE:
-        raise SslError(f"after SIGTERM the run ended with exit code {process.returncode}: {_last(errors)}")
-    return f"SIGTERM to the job at step {step}" if term else f"SIGKILL of rank {victim} at step {step}"
 
 
 def _trace(path: Path) -> dict[int, dict[str, Any]]:

@@ -13,14 +13,14 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslcli.config import choice
 from sslcli.config.base import Settings
 from sslcli.config.presets import PretrainPreset
 from sslcli.config.types import Count, Index
 from sslcli.config.views import EvalView, eval_view_for
-from sslcli.contracts import Backbone, RunFacts
+from sslcli.contracts import Backbone, Method, RunFacts
 from sslcli.engine import checkpoint
 from sslcli.engine.build import method_of
 from sslcli.errors import PresetError, SslError, WeightsError
@@ -157,6 +157,46 @@ def load(what: str | Path, *, allow_partial: bool = False) -> Weights:
     if _begins_like_safetensors(path):
         return _of_safetensors(path, allow_partial=allow_partial)
     return _of_checkpoint(path)
+
+
+def begin_with(method: Method[Any], what: str | Path, *, allow_partial: bool = False) -> str:
+    """Put weights into a method that has just been built, and say in one line what was done.
+
+    From a run or checkpoint of the same method it takes everything: heads, slow twins, queues, centres. From any other,
+    and from a file of `ssl extract-backbone`, it takes the backbone. Optimiser, schedule and step begin anew.
+
+    Args:
+        method: not yet trained.
+        what: run folder, checkpoint or backbone file.
+        allow_partial: take what fits by name and shape, and leave the rest as it is.
+
+    Raises:
+        WeightsError: the weights are missing, damaged, not ours, or do not fit.
+    """
+    state = _state_in(Path(what))
+    if state is not None and state["preset"]["method"]["name"] == method.cfg.name:
+        part = f"all of `{method.cfg.name}` at step {state['progress']['step']}"
+        _check_finite(state["method"], Path(what))
+        match = _fill(method, state["method"])
+    else:
+        part = "the backbone"
+        match = _fill(method.backbone.trunk, _tensors(load(what, allow_partial=allow_partial).backbone))
+        method.copy_student()
+    if not match.whole and (not allow_partial or match.matched == 0):
+        raise WeightsError(
+            f"{part} in `{what}` does not fit: {_told(match)}",
+            hint="`--allow-partial` takes what fits and leaves the rest as it starts" if match.matched else None,
+        )
+    return f"begins with `{what}`, {part}: {_told(match)}"
+
+
+def _state_in(path: Path) -> checkpoint.State | None:
+    """The newest checkpoint of a run folder, or this one; None where there is no checkpoint."""
+    if path.is_dir() and path.resolve().suffix != checkpoint.FOLDER and not checkpoint.all_in(path):
+        return None
+    if path.is_file() and not _begins_like_zip(path):
+        return None
+    return checkpoint.read(checkpoint.meant(path))
 
 
 def save(backbone: Backbone, manifest: Manifest, path: Path) -> None:
@@ -312,7 +352,7 @@ def _of_safetensors(path: Path, *, allow_partial: bool) -> Weights:
             f"the tensors in `{path}` are not the ones its manifest describes", hint="extract or download it again"
         )
     backbone = network(manifest.backbone)
-    match = _fill(backbone, tensors)
+    match = _fill(backbone.trunk, tensors)
     if not match.whole and (not allow_partial or match.matched == 0):
         raise WeightsError(
             f"`{path}` does not fit its network: {_told(match)}",
@@ -340,12 +380,12 @@ def _manifest_in(path: Path) -> Manifest | None:
         raise WeightsError(f"`{path}` has a manifest this version does not understand: {_first(error)}") from None
 
 
-def _fill(backbone: Backbone, tensors: Mapping[str, Tensor]) -> Match:
-    """Copy the tensors that fit into the trunk."""
-    wanted = backbone.trunk.state_dict()
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> Match:
+    """Copy the tensors that fit into a module."""
+    wanted = module.state_dict()
     both = wanted.keys() & tensors.keys()
     fitting = {name: tensors[name] for name in both if tensors[name].shape == wanted[name].shape}
-    backbone.trunk.load_state_dict(fitting, strict=False)
+    module.load_state_dict(fitting, strict=False)
     return Match(
         matched=len(fitting),
         missing=tuple(sorted(wanted.keys() - both)),
@@ -364,7 +404,7 @@ def _told(match: Match) -> str:
         )
         if names
     ]
-    return f"{match.matched} tensors match, {', '.join(parts)}"
+    return ", ".join([f"{match.matched} tensors match", *parts])
 
 
 def _tensors(backbone: Backbone) -> dict[str, Tensor]:

@@ -131,8 +131,9 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Checkpoint files, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step_*.pt"))
+        """Checkpoints, oldest first: files, or folders of a sharded run."""
+        folder = self.path / "checkpoints"
+        return sorted([*folder.glob("step_*.pt"), *folder.glob("step_*.dcp")])
 
     @property
     def files(self) -> dict[str, Path]:

@@ -87,6 +87,9 @@ def test_the_first_rank_has_spoken_and_others_speak_through_the_launcher():
         launch._exit_code(ended({0: 1, 1: 2}), {1: unreadable}, 0)
     assert caught.value.exit_code == 2
     assert caught.value.hint == "repair it"
+    stopped = launch.Word("stopped on request at step 5", None, 75, final=True)
+    with pytest.raises(StoppedOnRequest, match=r"^stopped on request at step 5"):
+        launch._exit_code(ended({8: 75}), {8: stopped}, 0)
 
 
 def test_a_killed_rank_is_named_with_what_to_do():
