@@ -84,6 +84,15 @@ class Loops:
         for batch in self._stream():
             loop.step(self.training, batch, self.at, self.preset)
 
+    def parts(self) -> dict[str, float]:
+        """Seconds of the optimiser's and of the slow twin's update, each the best of three: they follow every step."""
+        method, optimizer = self.training.method, self.training.optimizer
+        method(self.batch, self.at).loss.backward()
+        updates = {"optimiser": optimizer.step, "after_step": lambda: method.after_step(self.at)}
+        found = {name: min(seconds(update) for _ in range(3)) for name, update in updates.items()}
+        optimizer.zero_grad(set_to_none=True)
+        return found
+
     def _stream(self) -> Iterator[Batch]:
         taken, epoch = 0, 0
         while taken < self.steps:
@@ -114,7 +123,8 @@ def measure(name: str, overrides: list[str], steps: int, rounds: int) -> dict[st
         kind: statistics.median(b / t for b, t in zip(spent["bare"], spent[kind], strict=True))
         for kind in ("engine", "whole")
     }
-    stall = checkpoint_stall(preset)
+    stall, parts = checkpoint_stall(preset), loops.parts()
+    step = medians["engine"] / steps
     return {
         "preset": name,
         "device": torch.cuda.get_device_name()
@@ -123,7 +133,8 @@ def measure(name: str, overrides: list[str], steps: int, rounds: int) -> dict[st
         **{f"{kind} img/s": round(images / medians[kind], 1) for kind in kinds},
         "engine / bare": round(ratio["engine"], 3),
         "whole / bare": round(ratio["whole"], 3),
-        "checkpoint stall / step": round(stall / (medians["engine"] / steps), 2),
+        "checkpoint stall / step": round(stall / step, 2),
+        **{f"{name} / step": round(spent / step, 3) for name, spent in parts.items()},
     }
 
 

@@ -176,10 +176,8 @@ class Method(nn.Module, ABC, Generic[C]):
         """What the method itself knows of its health: detached scalars, from two views of a few training images.
 
         Called now and then in evaluation mode, without gradient; nothing may change. The names that are judged:
-        `spread` of what the loss compares (`sslcli.nn.spread`), `cluster_use` (entropy of the mean assignment to K
-        clusters, over ln K: 0 when all images are in one) and `cluster_certainty` (1 minus the mean entropy of single
-        assignments over ln K: 0 when no image prefers any). Others, such as the `agreement` of teacher and student, are
-        recorded.
+        `spread` of what the loss compares (`sslcli.nn.spread`), `cluster_use` and `cluster_certainty` of assignments
+        (`sslcli.nn.clusters`). Others, such as the `agreement` of teacher and student, are recorded.
         """
         return {}
 

@@ -51,13 +51,13 @@ class Verdict:
 
 
 def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPreset:
-    """The same method, backbone, optimiser and schedule on 96 small drawn pictures, for a few steps.
+    """The same method, backbone, optimiser and schedule on small drawn pictures, for a few steps.
 
-    What cannot stay: images and views become 32 px, the batch 8 per rank and slice; groups of batch norm are cut down
-    to fit.
+    What cannot stay: images and views become 32 px, the batch 16 per rank and slice; groups of batch norm and
+    of negatives are cut down to fit.
     """
     data = as_data(preset)
-    share = 8
+    share = 16
     accumulate = data["run"]["accumulate"]
     batch = share * ranks * accumulate
     data["data"] = {
@@ -67,6 +67,8 @@ def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPre
     }
     for group in data["views"].get("groups", ()):
         group["size"] = min(group["size"], SIDE)
+    if isinstance(data["method"].get("negatives"), int):
+        data["method"]["negatives"] = min(data["method"]["negatives"], share)
     if "image_size" in data["backbone"]:
         data["backbone"]["image_size"] = SIDE
     run = data["run"]
@@ -281,4 +283,5 @@ def _unequal(a: Any, b: Any, name: str) -> Iterator[str]:
 
 def _last(errors: str) -> str:
     lines = [line for line in errors.splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (said or lines or ["no output"])[-1]

@@ -3,6 +3,7 @@
 Grill et al. 2020, https://arxiv.org/abs/2006.07733.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
 import torch
@@ -59,6 +60,12 @@ class BYOL(Method[Config]):
             target1, target2 = (self.slow_projector(self.slow_backbone(view)) for view in batch.views)
         loss = regression(self.predictor(z1), target2) + regression(self.predictor(z2), target1)
         return StepResult(loss, {"spread": spread(z1)})
+
+    def vitals(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Cosine of the prediction with the twin's projection of the other view."""
+        guess = widen(self.predictor(self.projector(self.backbone(batch.views[0]))))
+        target = widen(self.slow_projector(self.slow_backbone(batch.views[1])))
+        return {"agreement": F.cosine_similarity(guess, target).mean()}
 
     def after_step(self, at: Progress) -> None:
         """Move the twin (equation 1) by momentum(k / K) after step k of K, as DeepMind's code does.

@@ -3,7 +3,7 @@
 Caron et al. 2021, https://arxiv.org/abs/2104.14294.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, final
 
@@ -16,6 +16,7 @@ from sslcli.config.base import MethodConfig, ViewNeeds
 from sslcli.config.types import Count, Fraction, Index, Positive
 from sslcli.contracts import Backbone, Batch, Method, Progress, RunFacts, StepResult
 from sslcli.nn import slow
+from sslcli.nn.clusters import use_and_certainty
 from sslcli.nn.crops import features_of, head_over
 from sslcli.nn.precision import widen
 
@@ -84,6 +85,11 @@ class DINO(Method[Config]):
             self.centre.lerp_(centre.to(self.centre.dtype), 1 - cfg.centre_momentum)
             entropy = -torch.xlogy(targets, targets).sum(dim=2).mean()
         return StepResult(distillation(widen(student), targets, cfg.temperature), {"teacher_entropy": entropy})
+
+    def vitals(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Use and certainty of the teacher's assignments."""
+        teacher = widen(self.slow_head(self.slow_backbone(batch.views[0]))) - self.centre
+        return use_and_certainty(F.softmax(teacher / self.cfg.teacher_temperature, dim=1))
 
     def before_update(self, at: Progress) -> None:
         """Leave the prototypes where they are in the first epochs."""

@@ -3,6 +3,7 @@
 v1: He et al. 2020, https://arxiv.org/abs/1911.05722. v2: Chen et al. 2020, https://arxiv.org/abs/2003.04297.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
 import torch
@@ -87,6 +88,12 @@ class MoCo(Method[Config]):
         order = torch.from_numpy(permutation(dist.world() * len(images), seed))
         keys = F.normalize(widen(self.slow_head(self.slow_backbone(dist.shuffle(images, order)))), dim=1)
         return dist.unshuffle(keys, order)
+
+    def vitals(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Cosine of a query with the key of the other view."""
+        query = widen(self.head(self.backbone(batch.views[0])))
+        key = widen(self.slow_head(self.slow_backbone(batch.views[1])))
+        return {"agreement": F.cosine_similarity(query, key).mean()}
 
     def after_step(self, at: Progress) -> None:
         """Equation 2, for the parameters of backbone and head.

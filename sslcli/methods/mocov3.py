@@ -3,6 +3,7 @@
 Chen, Xie & He 2021, https://arxiv.org/abs/2104.02057.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
 import torch
@@ -77,6 +78,12 @@ class MoCoV3(Method[Config]):
         one = contrast(q1, keys[1], first, self.cfg.temperature)
         two = contrast(q2, keys[0], first, self.cfg.temperature)
         return StepResult(one.loss + two.loss, {"top1": (one.top1 + two.top1) / 2})
+
+    def vitals(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Cosine of a query with the key of the other view."""
+        query = widen(self.predictor(self.projector(self.backbone(batch.views[0]))))
+        key = widen(self.slow_projector(self.slow_backbone(batch.views[1])))
+        return {"agreement": F.cosine_similarity(query, key).mean()}
 
     def after_step(self, at: Progress) -> None:
         """Move the twin as the authors do in the forward pass of the next step: by momentum((k + 1) / K) after step k.

@@ -3,7 +3,7 @@
 Caron et al. 2020, https://arxiv.org/abs/2006.09882.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -17,6 +17,7 @@ from sslcli.config.types import Count, Index, Positive
 from sslcli.contracts import Backbone, Batch, Method, Progress, RunFacts, StepResult
 from sslcli.errors import UserError
 from sslcli.nn.assign import sinkhorn
+from sslcli.nn.clusters import use_and_certainty
 from sslcli.nn.crops import features_of, head_over
 from sslcli.nn.heads import mlp
 from sslcli.nn.precision import no_autocast, widen
@@ -106,6 +107,11 @@ class SwAV(Method[Config]):
                 scores = torch.cat([self._scores(queue.chunk(dist.world())[dist.rank()]), scores])
             queue.copy_(torch.cat([fresh, queue[: -len(fresh)]]))
         return sinkhorn(scores, cfg.epsilon, cfg.iterations)[-count:]
+
+    def vitals(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Use and certainty of the predicted assignments."""
+        z = F.normalize(widen(self.head(self.backbone(batch.views[0]))), dim=1)
+        return use_and_certainty(F.softmax(self._scores(z) / self.cfg.temperature, dim=1))
 
     def before_update(self, at: Progress) -> None:
         """Leave the prototypes where they are in the first steps: without gradient, momentum and decay rest too."""
