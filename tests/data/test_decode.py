@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sslcli.config.data import Folder
-from sslcli.data import open_source
+from sslcli.data import decode, open_source
 from sslcli.data.decode import SUFFIXES, read_image
 from sslcli.data.source import UnreadableImage
 
@@ -205,3 +205,21 @@ def test_every_awkward_file_is_an_image_or_counted(small_data: Path, tmp_path: P
     for orientation in range(3, 9):
         other = source.read(listed.index(f"hopper_orientation_{orientation}.jpg"))
         assert np.abs(right - other).mean() < 6, "one picture stored eight ways; turned wrongly it differs by 40"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "quality": 30}])
+def test_the_faster_decoder_gives_the_pixels_that_pillow_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, options: dict[str, Any]
+) -> None:
+    data = encoded(PICTURE.resize((61, 83)).convert(mode), "JPEG", **options)
+    assert decode._turbo(io.BytesIO(data)) is not None
+    fast = read(tmp_path, data)
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    assert np.array_equal(fast, read(tmp_path, data))
+
+
+def test_the_faster_decoder_leaves_damaged_files_to_pillow() -> None:
+    data = encoded(PICTURE.resize((64, 64)), "JPEG")
+    assert decode._turbo(io.BytesIO(data[: len(data) // 2])) is None
+    assert decode._turbo(io.BytesIO(data[: len(data) // 2] + data[-2:])) is None
