@@ -1,0 +1,277 @@
+"""A whole pretraining step, images to updated weights, side by side with peers.
+
+One process, one thread, processor time, the contestants in turn, the best of some rounds. The same network, batch,
+crops, colours, loss, optimiser and images for all: small images, held in memory as each tool holds them.
+
+- `ssl`: loader, views and step of `ssl pretrain`, as it runs them;
+- `plain`: a loop as the papers' repositories write it, views by torchvision on PIL images;
+- `lightly`: lightly's own transform, heads, losses and helpers in the loop of its documentation, where it is installed.
+
+    python benchmarks/peers.py --small DIR [--method simclr|moco] [--depth N --width N --stem STEM] [--batch N]
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from sslcli.backbones.resnet import Config, ResNet
+from sslcli.config.load import load
+from sslcli.contracts import Progress
+from sslcli.data import open_source
+from sslcli.data.decode import read_image
+from sslcli.engine import build, loop, machine
+from sslcli.seeds import seed_of
+from sslcli.views import build as build_views
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
+TEMPERATURE, MOMENTUM, QUEUE, DIM = 0.2, 0.99, 4096, 128
+LR, DECAY = 2e-3, 1e-2
+
+Views = Callable[[Image.Image], Any]
+Step = Callable[[], object]
+
+
+class Pictures(Dataset[Any]):
+    """PIL images in memory, looked at by a transform."""
+
+    def __init__(self, files: list[Path], look: Views) -> None:
+        self._images = [Image.fromarray(read_image(os.fsencode(file), file.name)) for file in files]
+        self._look = look
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._look(self._images[index])
+
+
+def two_views(image: Image.Image) -> tuple[Tensor, Tensor]:
+    """Two looks at an image by torchvision."""
+    return LOOK(image), LOOK(image)
+
+
+LOOK = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(32, scale=(0.2, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ]
+)
+
+
+def endless(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Batches for ever."""
+    for _ in count():
+        yield from loader
+
+
+def nt_xent(one: Tensor, other: Tensor) -> Tensor:
+    """SimCLR's loss over 2B projections."""
+    z = F.normalize(torch.cat([one, other]), dim=1)
+    similar = z @ z.T / TEMPERATURE
+    similar.fill_diagonal_(-torch.inf)
+    return F.cross_entropy(similar, torch.arange(len(z)).roll(len(one)))
+
+
+def plain_simclr(network: nn.Module, dim: int, batches: Iterator[Any]) -> Step:
+    """SimCLR, written out."""
+    head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, DIM))
+    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], lr=LR, weight_decay=DECAY)
+
+    def step() -> None:
+        one, other = next(batches)
+        loss = nt_xent(head(network(one)), head(network(other)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def plain_moco(network: nn.Module, dim: int, batches: Iterator[Any]) -> Step:
+    """MoCo v2, written out."""
+    query = nn.Sequential(network, nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, DIM))
+    key = copy.deepcopy(query)
+    optimizer = torch.optim.AdamW(query.parameters(), lr=LR, weight_decay=DECAY)
+    queue, place = F.normalize(torch.randn(DIM, QUEUE), dim=0), 0
+
+    def step() -> None:
+        nonlocal place
+        one, other = next(batches)
+        q = F.normalize(query(one), dim=1)
+        with torch.no_grad():
+            for slow, fast in zip(key.parameters(), query.parameters(), strict=True):
+                slow.data = slow.data * MOMENTUM + fast.data * (1 - MOMENTUM)
+            order = torch.randperm(len(other))
+            k = F.normalize(key(other[order]), dim=1)[order.argsort()]
+        logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.clone()], dim=1) / TEMPERATURE
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
+        queue[:, place : place + len(k)] = k.T
+        place = (place + len(k)) % QUEUE
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def lightly_simclr(network: nn.Module, dim: int, batches: Iterator[Any]) -> Step:
+    """SimCLR as lightly's documentation writes it."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+
+    head, criterion = SimCLRProjectionHead(dim, dim, DIM), NTXentLoss(temperature=TEMPERATURE)
+    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], lr=LR, weight_decay=DECAY)
+
+    def step() -> None:
+        one, other = next(batches)
+        loss = criterion(head(network(one)), head(network(other)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def lightly_moco(network: nn.Module, dim: int, batches: Iterator[Any]) -> Step:
+    """MoCo as lightly's documentation writes it."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
+
+    head = MoCoProjectionHead(dim, dim, DIM)
+    slow, slow_head = copy.deepcopy(network), copy.deepcopy(head)
+    deactivate_requires_grad(slow)
+    deactivate_requires_grad(slow_head)
+    criterion = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(QUEUE, DIM))
+    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], lr=LR, weight_decay=DECAY)
+
+    def step() -> None:
+        one, other = next(batches)
+        update_momentum(network, slow, MOMENTUM)
+        update_momentum(head, slow_head, MOMENTUM)
+        q = head(network(one))
+        with torch.no_grad():
+            mixed, order = batch_shuffle(other)
+            k = batch_unshuffle(slow_head(slow(mixed)), order)
+        loss = criterion(q, k)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def lightly_batches(files: list[Path], batch: int) -> Iterator[Any]:
+    """Batches through lightly's own transform, the same operations and numbers."""
+    from lightly.transforms import SimCLRTransform
+
+    look = SimCLRTransform(
+        input_size=32, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.4, cj_hue=0.1, min_scale=0.2,
+        gaussian_blur=0.0, normalize={"mean": list(MEAN), "std": list(STD)},
+    )  # fmt: skip
+    return endless(DataLoader(Pictures(files, look), batch_size=batch, shuffle=True, drop_last=True))
+
+
+class Ours:
+    """The engine's step on what its loader and views deliver."""
+
+    def __init__(self, folder: Path, method: str, backbone: dict[str, Any], batch: int) -> None:
+        name = {"simclr": "simclr-cifar10-cpu", "moco": "mocov2-cifar10-cpu"}[method]
+        given = [
+            f"data.source={{name: folder, path: {folder}}}",
+            f"data.batch_size={batch}",
+            f"backbone={{name: resnet, {', '.join(f'{key}: {value}' for key, value in backbone.items())}}}",
+        ]
+        preset = load("pretrain", name, given).preset
+        source, views = open_source(preset.data.source), build_views(preset.views, seed_of(preset.seed, "views"))
+        self._preset = machine.resolved(preset, resident=source.resident() is not None, reading="fast")
+        self.loader = build.loader_of(self._preset, source, views)
+        facts = build.facts_of(self._preset, images=len(source), steps_per_epoch=self.loader.steps_per_epoch)
+        self._training, _ = build.training_of(build.method_of(self._preset, facts), self._preset)
+        self._training.method.train()
+        self._at = Progress(0, facts.total_steps, facts.steps_per_epoch, preset.seed)
+        self._batches = self._endless(build.feed_of(self.loader, views, self._preset))
+
+    def step(self) -> None:
+        """One update."""
+        loop.step(self._training, next(self._batches), self._at, self._preset)
+        self._at = self._at.next()
+
+    def _endless(self, feed: Any) -> Iterator[Any]:
+        while True:
+            yield from feed.epoch(self._at, None)
+
+
+def contest(entries: dict[str, Step], images: int, rounds: int, steps: int) -> dict[str, float]:
+    """Images per second of processor time, the best of some rounds."""
+    best = dict.fromkeys(entries, 0.0)
+    for step in entries.values():
+        step()
+    for _ in range(rounds):
+        for name, step in entries.items():
+            begun = time.process_time()
+            for _ in range(steps):
+                step()
+            best[name] = max(best[name], images * steps / (time.process_time() - begun))
+    return best
+
+
+def main() -> None:
+    """Print images per second of each contestant and our ratio over it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", type=Path, required=True, help="folder of small images")
+    parser.add_argument("--method", choices=("simclr", "moco"), default="simclr")
+    parser.add_argument("--depth", type=int, default=10)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--stem", choices=("small", "cifar"), default="small")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    backbone = {"depth": given.depth, "width": given.width, "stem": given.stem}
+
+    def network() -> ResNet:
+        return ResNet(Config.model_validate(backbone))
+
+    files = sorted(file for file in given.small.rglob("*") if file.suffix in (".png", ".jpg"))[: 8 * given.batch]
+    method = cast(Literal["simclr", "moco"], given.method)
+    plain = {"simclr": plain_simclr, "moco": plain_moco}[method]
+    batches = endless(DataLoader(Pictures(files, two_views), batch_size=given.batch, shuffle=True, drop_last=True))
+    ours = Ours(given.small, method, backbone, given.batch)
+    entries = {"ssl": ours.step, "plain": plain(network(), network().dim, batches)}
+    if importlib.util.find_spec("lightly") is not None:
+        theirs = {"simclr": lightly_simclr, "moco": lightly_moco}[method]
+        entries["lightly"] = theirs(network(), network().dim, lightly_batches(files, given.batch))
+    with closing(ours.loader):
+        found = contest(entries, given.batch, given.rounds, given.steps)
+    rows = {
+        name: {"img/s per core": round(rate), "ssl / it": round(found["ssl"] / rate, 2)} for name, rate in found.items()
+    }
+    print(json.dumps({"method": method, **backbone, "batch": given.batch, **rows}))
+
+
+if __name__ == "__main__":
+    main()
