@@ -3,12 +3,13 @@
 The order is crop, flip, jitter, grey, blur, solarize, normalize; so two presets differ by numbers only.
 """
 
-from typing import Annotated, Literal
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from sslcli.config.base import Settings
-from sslcli.config.types import Count, Fraction, NonNegative, Positive
+from sslcli.config.types import Count, Fraction, Index, NonNegative, Positive
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -99,24 +100,6 @@ class CropGroup(Settings):
         return self
 
 
-class Crops(Settings):
-    """Random crops, in groups that may differ (BYOL's two, SwAV's 2 + 6)."""
-
-    name: Literal["crops"] = "crops"
-    groups: Annotated[tuple[CropGroup, ...], Field(min_length=1)]
-    """The kinds of crop; views are numbered group by group."""
-    normalize: Normalize = Normalize()
-    """What the network sees: (x / 255 - mean) / std."""
-
-    @property
-    def count(self) -> int:
-        """Views per image."""
-        return sum(group.repeat for group in self.groups)
-
-
-AnyViews = Annotated[Crops, Field(discriminator="name")]
-
-
 class EvalView(Settings):
     """The one deterministic view that evaluation and extraction use: resize the shorter side, crop the centre."""
 
@@ -130,12 +113,167 @@ class EvalView(Settings):
     """What the network sees: (x / 255 - mean) / std."""
 
 
-def eval_view_for(views: Crops) -> EvalView:
-    """The evaluation view that goes with a set of training views.
+class ViewKind(Settings, ABC):
+    """Base of every kind of views: what the engine asks of any of them."""
+
+    normalize: Normalize = Normalize()
+    """What the network sees: (x / 255 - mean) / std."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Views per image, as the method gets them."""
+
+    @property
+    @abstractmethod
+    def eval_view(self) -> EvalView:
+        """The evaluation view that goes with these training views."""
+
+    def pair(self) -> "Crops | None":
+        """Settings that draw the first two views alone, as they are among all; None where no views are compared."""
+        return None
+
+    @abstractmethod
+    def shrunk(self, side: int) -> Self:
+        """The same kind with nothing larger than `side` pixels: for proofs in miniature."""
+
+
+class Crops(ViewKind):
+    """Random crops, in groups that may differ (BYOL's two, SwAV's 2 + 6)."""
+
+    name: Literal["crops"] = "crops"
+    groups: Annotated[tuple[CropGroup, ...], Field(min_length=1)]
+    """The kinds of crop; views are numbered group by group."""
+
+    @property
+    def count(self) -> int:
+        """Views per image."""
+        return sum(group.repeat for group in self.groups)
+
+    @property
+    def eval_view(self) -> EvalView:
+        """As large as the largest crop."""
+        return _as_large_as(max(self.groups, key=lambda g: g.size), self.normalize)
+
+    def pair(self) -> "Crops | None":
+        """The first two crops."""
+        groups, missing = [], 2
+        for group in self.groups:
+            groups.append(group.model_copy(update={"repeat": min(missing, group.repeat)}))
+            missing -= groups[-1].repeat
+            if not missing:
+                return self.model_copy(update={"groups": tuple(groups)})
+        return None
+
+    def shrunk(self, side: int) -> Self:
+        """Every crop at most `side` pixels."""
+        return self.model_copy(update={"groups": tuple(_at_most(group, side) for group in self.groups)})
+
+
+class Rotations(ViewKind):
+    """One random crop in its four quarter turns: as it is, then 90, 180, 270 degrees counter-clockwise."""
+
+    name: Literal["rotations"] = "rotations"
+    crop: CropGroup = CropGroup()
+    """The crop that is turned; its `repeat` is 1."""
+
+    @property
+    def count(self) -> int:
+        """Four turns."""
+        return 4
+
+    @property
+    def eval_view(self) -> EvalView:
+        """As large as the crop."""
+        return _as_large_as(self.crop, self.normalize)
+
+    def shrunk(self, side: int) -> Self:
+        """The crop at most `side` pixels."""
+        return self.model_copy(update={"crop": _at_most(self.crop, side)})
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> "Rotations":
+        if self.crop.repeat != 1:
+            raise ValueError(f"`crop.repeat` is 1: one crop is turned four times (got {self.crop.repeat})")
+        return self
+
+
+class Patches(ViewKind):
+    """Nine patches of an image: one in each cell of a 3 x 3 grid laid over a random square, row by row.
+
+    A cell measures `size // 3`, a patch what `gap` and `jitter` leave of it.
+    """
+
+    name: Literal["patches"] = "patches"
+    resize: Count = 292
+    """Length of the image's shorter side after resizing, in pixels."""
+    size: Count = 255
+    """Side of the random square that the grid divides, in pixels."""
+    gap: Index = 0
+    """Pixels that always lie between neighbouring patches, so that no line runs on from one to the next."""
+    jitter: Index = 21
+    """How far a patch may move within its cell, in pixels: right and down by 0 to `jitter`, drawn uniformly."""
+    interpolation: Interpolation = "bilinear"
+    """Resampling filter, antialiased."""
+    grey: Fraction = 0.66
+    """Probability that all patches of an image turn grey, so that colour fringes do not give their places away."""
+
+    @property
+    def count(self) -> int:
+        """Nine patches."""
+        return 9
+
+    @property
+    def cell(self) -> int:
+        """Side of a cell in pixels."""
+        return self.size // 3
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return self.cell - self.gap - self.jitter
+
+    @property
+    def eval_view(self) -> EvalView:
+        """The centre of the resized image, as large as the grid."""
+        return EvalView(resize=self.resize, size=self.size, interpolation=self.interpolation, normalize=self.normalize)
+
+    def shrunk(self, side: int) -> Self:
+        """A grid of at most `side` pixels."""
+        size = min(self.size, side)
+        share = size // 16
+        return self.model_copy(
+            update={
+                "resize": min(self.resize, size + 2 * share),
+                "size": size,
+                "gap": min(self.gap, share),
+                "jitter": min(self.jitter, share),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Patches":
+        if self.size > self.resize:
+            raise ValueError(f"`size` {self.size} does not fit into an image resized to {self.resize} (`resize`)")
+        if self.patch < 1:
+            raise ValueError(
+                f"`gap` {self.gap} and `jitter` {self.jitter} leave nothing of a cell of {self.cell} pixels, `size` / 3"
+            )
+        return self
+
+
+AnyViews = Annotated[Crops | Rotations | Patches, Field(discriminator="name")]
+
+
+def _as_large_as(group: CropGroup, normalize: Normalize) -> EvalView:
+    """An evaluation view of a crop's size.
 
     Crops of 160 px and more get the ImageNet habit of cropping 7/8 of the resized side (256 -> 224); smaller images
     (CIFAR, digits) are used whole.
     """
-    group = max(views.groups, key=lambda g: g.size)
     resize = round(group.size * 8 / 7) if group.size >= 160 else group.size
-    return EvalView(resize=resize, size=group.size, interpolation=group.interpolation, normalize=views.normalize)
+    return EvalView(resize=resize, size=group.size, interpolation=group.interpolation, normalize=normalize)
+
+
+def _at_most(group: CropGroup, side: int) -> CropGroup:
+    return group.model_copy(update={"size": min(group.size, side)})

@@ -23,7 +23,7 @@ from sslcli.data.source import I64, U8, Source, UnreadableImage
 from sslcli.errors import DataError, SslError, UserError
 
 LookAt = Callable[[U8, int, int], Sequence[npt.NDArray[np.generic]]]
-"""From (image, index, epoch) to one array per view."""
+"""From (image, index, epoch) to the arrays that the views need of it, alike for all images."""
 
 SUBSTITUTES = 20
 """How many images are tried in place of one that cannot be read; if half of them are bad, one in a million fails."""
@@ -36,7 +36,7 @@ class HostBatch:
     index: Tensor
     """(B,) int64: which image of the source each row shows."""
     views: list[Tensor]
-    """One per view, (B, 3, s, s) uint8 or float32; empty when whole images are handed over."""
+    """What looked at the images, stacked: each (B, ...); empty when whole images are handed over."""
     images: Tensor | None
     """(B, H, W, 3) uint8: whole images, when nothing looks at them here."""
     labels: Tensor | None

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sslcli import dist
 from sslcli.config import choice
 from sslcli.config.presets import PretrainPreset
-from sslcli.config.views import eval_view_for
 from sslcli.contracts import Backbone, Look, Method, RunFacts
 from sslcli.data.loader import Loader, LookAt
 from sslcli.data.source import U8, Source, UnreadableImage
@@ -23,7 +22,7 @@ from sslcli.engine.look import features_of
 from sslcli.errors import DataError, PresetError
 from sslcli.nn.norm import group_batch_norm
 from sslcli.seeds import seed_here, seed_of
-from sslcli.views import CropViews, build_eval
+from sslcli.views import Views, build_eval
 
 
 def facts_of(preset: PretrainPreset, *, images: int, steps_per_epoch: int) -> RunFacts:
@@ -53,7 +52,7 @@ def images_per_rank(preset: PretrainPreset) -> int:
     return preset.data.batch_size // (dist.world() * preset.run.accumulate)
 
 
-def faster_reading(source: Source, views: CropViews, batch_size: int) -> Literal["fast", "reference"]:
+def faster_reading(source: Source, views: Views, batch_size: int) -> Literal["fast", "reference"]:
     """Which reading of the views costs less here, measured on a small batch; rank 0 decides for all ranks.
 
     Raises:
@@ -114,7 +113,7 @@ def seconds_of(work: Callable[[], None]) -> float:
     return min(spent)
 
 
-def loader_of(preset: PretrainPreset, source: Source, views: CropViews) -> Loader:
+def loader_of(preset: PretrainPreset, source: Source, views: Views) -> Loader:
     """The loader that a resolved preset describes."""
     look: LookAt = views.reference if preset.run.views == "reference" else views.crop
     resident = source.resident() is not None and preset.run.views == "fast"
@@ -132,7 +131,7 @@ def loader_of(preset: PretrainPreset, source: Source, views: CropViews) -> Loade
     )
 
 
-def feed_of(loader: Loader, views: CropViews, preset: PretrainPreset) -> Feed:
+def feed_of(loader: Loader, views: Views, preset: PretrainPreset) -> Feed:
     """Device batches of a resolved preset."""
     return Feed(
         loader,
@@ -244,7 +243,7 @@ def listed(module: nn.Module) -> Iterator[nn.Module]:
 
 def look_of(training: loop.Training, source: Source, preset: PretrainPreset) -> Look:
     """One un-augmented pass over all images, as clustering methods want it; unreadable images get a row of zeros."""
-    method, view = training.method, build_eval(eval_view_for(preset.views))
+    method, view = training.method, build_eval(preset.views.eval_view)
 
     def look(features: Callable[[Tensor], Tensor]) -> Tensor:
         method.eval()

@@ -5,27 +5,15 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sslcli import dist
 from sslcli.contracts import Batch, Progress
 from sslcli.data.loader import HostBatch, Loader
-
-
-class Views(Protocol):
-    """The reading of the views, as the feed uses it; `sslcli.views.CropViews` is one."""
-
-    def crop_batch(self, images: Tensor, index: np.ndarray, epoch: int) -> list[Tensor]:
-        """Crops of whole images of one size, batched."""
-        ...
-
-    def finish(self, crops: list[Tensor], index: np.ndarray, epoch: int) -> list[Tensor]:
-        """The device part: colours, blur, normalisation."""
-        ...
+from sslcli.views import Views
 
 
 class Feed:
@@ -80,11 +68,14 @@ class Feed:
             crops = self._views.crop_batch(host.images.to(self._device, non_blocking=True), index, epoch)
         else:
             crops = [view.to(self._device, non_blocking=True) for view in host.views]
-        views = crops if self._reading == "reference" else self._views.finish(crops, index, epoch)
+        rendered = crops if self._reading == "reference" else self._views.finish(crops, index, epoch)
+        seen = self._views.arrange(rendered, index, epoch)
         return Batch(
-            views=[view.contiguous(memory_format=self._format) for view in views],
+            views=[view.contiguous(memory_format=self._format) for view in seen.views],
             index=host.index.to(self._device, non_blocking=True),
             labels=None if host.labels is None else host.labels.to(self._device, non_blocking=True),
+            masks=seen.masks,
+            targets=[target.contiguous(memory_format=self._format) for target in seen.targets],
         )
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -99,7 +90,7 @@ class Feed:
         while isinstance(coming, Batch):
             now = torch.cuda.current_stream(self._device)
             now.wait_stream(copies)  # type: ignore[arg-type]
-            for tensor in (*coming.views, coming.index, coming.labels):
+            for tensor in (*coming.views, *coming.targets, coming.index, coming.labels, coming.masks):
                 if tensor is not None:
                     tensor.record_stream(now)
             ready, coming = coming, prepared()
@@ -110,7 +101,8 @@ def traced(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
     """Note which images and views went into every step, in the file that `SSL_TRACE` names with the rank added."""
     with open(f"{os.environ['SSL_TRACE']}.{dist.rank()}", "a", encoding="utf-8") as file:
         for batch in batches:
-            views = [view.contiguous().cpu().numpy() for view in batch.views]
+            seen = [*batch.views, *batch.targets, *([] if batch.masks is None else [batch.masks])]
+            views = [tensor.contiguous().cpu().numpy() for tensor in seen]
             sums = [zlib.crc32(b"".join(view[row].tobytes() for view in views)) for row in range(len(batch.index))]
             note = {"step": step, "pid": os.getpid(), "index": batch.index.tolist(), "views": sums}
             file.write(json.dumps(note) + "\n")

@@ -9,14 +9,14 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from sslcli import dist, seeds
 from sslcli.config import presets
-from sslcli.config.views import Crops, eval_view_for
 from sslcli.contracts import Batch, Method, Progress
-from sslcli.data.source import I64, U8, Source, UnreadableImage
+from sslcli.data.source import I64, Source, UnreadableImage
 from sslcli.engine import health
 from sslcli.engine.record import Record
 from sslcli.errors import CollapsedError
@@ -87,8 +87,9 @@ class Monitor:
         self._stops = preset.run.on_collapse == "stop"
         self._collapsed: list[int] = []
         self._good: int | None = None
-        self._plain_view = build_eval(eval_view_for(preset.views))
-        self._views = build(two_of(preset.views), seeds.seed_of(preset.seed, "views"))
+        self._plain_view = build_eval(preset.views.eval_view)
+        pair = preset.views.pair()
+        self._pair = None if pair is None else build(pair, seeds.seed_of(preset.seed, "views"))
 
     def due(self, at: Progress) -> bool:
         """Whether it is time for a look."""
@@ -102,7 +103,7 @@ class Monitor:
         """
         begun = perf_counter()
         vitals = self._measure(scalars)
-        verdict = health.judge(vitals, comparing=self._views.count == 2, fraction=at.fraction)
+        verdict = health.judge(vitals, comparing=self._pair is not None, fraction=at.fraction)
         vitals["seconds"] = perf_counter() - begun
         verdict, vitals = dist.broadcast_object((verdict, vitals))
         self._record.health(verdict, vitals, at)
@@ -124,8 +125,8 @@ class Monitor:
             features = torch.cat([network(self._plain_view.finish(block.to(device))).float().cpu() for block in blocks])
             vitals = health.measure(features[sample.measured])
             offered = {name: value for name, value in scalars.items() if name == "spread"}
-            if sample.views:
-                views = self._views.finish([view.to(device) for view in sample.views], sample.index.numpy(), 0)
+            if self._pair is not None and sample.views:
+                views = self._pair.finish([view.to(device) for view in sample.views], sample.index.numpy(), 0)
                 vitals |= health.measure_pair(*(network(view).float() for view in views))
                 offered |= method.vitals(Batch(views=views, index=sample.index.to(device)))
         vitals |= {f"method_{name}": float(value) for name, value in offered.items()}
@@ -141,7 +142,7 @@ class Monitor:
         order = seeds.permuted(candidates, len(source), seeds.seed_of(self._preset.seed, "monitor"))
         healthy = order[: cfg.images]
         voting = order[:0] if source.labels is None or not cfg.knn else voters(order, source.labels, cfg.knn_images)
-        paired = order[:0] if self._views.count < 2 else healthy[: min(len(healthy) // 2, self._at_once)]
+        paired = order[:0] if self._pair is None else healthy[: min(len(healthy) // 2, self._at_once)]
         kept, looks = self._read(np.union1d(healthy, voting), frozenset(paired.tolist()))
         votes, both = np.isin(kept, voting), np.isin(kept, paired)
         labels = np.zeros(len(kept), dtype=np.int64) if source.labels is None else source.labels[kept]
@@ -155,31 +156,20 @@ class Monitor:
             views=[torch.from_numpy(np.stack(view)) for view in views],
         )
 
-    def _read(self, wanted: I64, paired: frozenset[int]) -> tuple[I64, list[list[U8]]]:
+    def _read(self, wanted: I64, paired: frozenset[int]) -> tuple[I64, list[list[npt.NDArray[Any]]]]:
         """Which of the images can be read, and of each its plain look followed, if paired, by two views."""
 
-        def look(index: int) -> list[U8]:
+        def look(index: int) -> list[npt.NDArray[Any]]:
             try:
                 image = self._source.read(index)
             except UnreadableImage:
                 return []
-            views = self._views.crop(image, index, 0) if index in paired else []
+            views = [] if self._pair is None or index not in paired else self._pair.crop(image, index, 0)
             return [self._plain_view.crop(image), *views]
 
         with ThreadPoolExecutor(self._preset.data.workers or 1) as pool:
             looks = list(pool.map(look, wanted.tolist()))
         return wanted[[bool(look) for look in looks]], [look for look in looks if look]
-
-
-def two_of(views: Crops) -> Crops:
-    """The settings of the first two views: drawn alone, they are the same as among all."""
-    groups, missing = [], 2
-    for group in views.groups:
-        groups.append(group.model_copy(update={"repeat": min(missing, group.repeat)}))
-        missing -= groups[-1].repeat
-        if not missing:
-            break
-    return views.model_copy(update={"groups": tuple(groups)})
 
 
 def voters(order: I64, labels: I64, count: int) -> I64:

@@ -158,8 +158,9 @@ def show_views(feed: Feed, preset: PretrainPreset, at: Progress, folder: Path) -
     """Draw what the network sees of the first images: `views.png`."""
     batch = next(iter(feed.epoch(at, None)), None)
     if batch is not None:
-        views = [view[:8].float().cpu() for view in batch.views]
-        picture(views, preset.views.normalize, folder / "views.png")
+        views, targets = ([tensor[:8].float().cpu() for tensor in some] for some in (batch.views, batch.targets))
+        masks = None if batch.masks is None else batch.masks[:8].cpu()
+        picture(views, preset.views.normalize, folder / "views.png", masks=masks, targets=targets)
 
 
 @contextmanager

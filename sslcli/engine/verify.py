@@ -65,8 +65,7 @@ def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPre
         "batch_size": batch,
         "workers": 0,
     }
-    for group in data["views"].get("groups", ()):
-        group["size"] = min(group["size"], SIDE)
+    data["views"] = preset.views.shrunk(SIDE).model_dump(mode="json")
     if isinstance(data["method"].get("negatives"), int):
         data["method"]["negatives"] = min(data["method"]["negatives"], share)
     if "image_size" in data["backbone"]:

@@ -19,7 +19,7 @@ from sslcli.config import choice
 from sslcli.config.base import Settings
 from sslcli.config.presets import PretrainPreset
 from sslcli.config.types import Count, Index
-from sslcli.config.views import EvalView, eval_view_for
+from sslcli.config.views import EvalView
 from sslcli.contracts import Backbone, Method, RunFacts
 from sslcli.engine import checkpoint
 from sslcli.engine.build import method_of
@@ -327,7 +327,7 @@ def _of_checkpoint(path: Path) -> Weights:
         method=preset.method.name,
         step=step,
         epoch=round(step / state["progress"]["steps_per_epoch"], 4),
-        view=eval_view_for(preset.views),
+        view=preset.views.eval_view,
         backbone=preset.backbone.model_dump(mode="json"),
         source=TrainedOn.model_validate(state["source"]),
         preset=state["preset"],

@@ -58,6 +58,21 @@ class Colours:
     threshold: F32
     """(B,) values from here on are inverted."""
 
+    @staticmethod
+    def plain(grey: Bools) -> "Colours":
+        """No change but that some of B crops (B,) turn grey."""
+        never, count = np.zeros(len(grey), dtype=bool), len(grey)
+        return Colours(
+            grey_first=never,
+            order=np.full((count, 4), NOTHING),
+            factors=np.ones((count, 4), dtype=np.float32),
+            grey=grey,
+            blur=never,
+            sigma=np.ones(count, dtype=np.float32),
+            solarize=never,
+            threshold=np.full(count, 128, dtype=np.float32),
+        )
+
     def rows(self, which: slice) -> "Colours":
         """The draws of some of the crops."""
         return Colours(*(column[which] for column in self._columns()))

@@ -1,6 +1,7 @@
 """views.png: what the network sees, for people to look at."""
 
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +14,51 @@ from sslcli.config.views import Normalize
 _CELL, _GAP, _MARGIN, _LINE = 112, 6, 84, 16
 
 
-def picture(views: Sequence[Tensor], normalize: Normalize, path: Path, columns: int = 8) -> None:
-    """Draw the first `columns` images, one column each, with one row per view.
+def picture(
+    views: Sequence[Tensor],
+    normalize: Normalize,
+    path: Path,
+    columns: int = 8,
+    *,
+    masks: Tensor | None = None,
+    targets: Sequence[Tensor] = (),
+) -> None:
+    """Draw the first `columns` images, one column each, with one row per view, then masks, then targets.
 
-    `views` are standardised, each (B, 3, s, s); what is drawn is back in grey levels, every view at the same size.
+    `views` and `targets` are standardised, each (B, 3, s, s); what is drawn is back in grey levels, every one at the
+    same size. `masks` (B, N), N a square of whole patches, are drawn over the first view.
     """
-    count = min(columns, len(views[0]))
-    width = _MARGIN + count * (_CELL + _GAP)
-    height = _LINE + _GAP + len(views) * (_CELL + _GAP)
-    page = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
-    for column in range(count):
-        draw.text((_MARGIN + column * (_CELL + _GAP), 2), f"image {column + 1}", "black", font)
-    for row, view in enumerate(views):
+    rows = [(f"view {number + 1}", view) for number, view in enumerate(views)]
+    if masks is not None:
+        rows.append(("masked", hidden(views[0], masks)))
+    rows += [(f"target {number + 1}", target) for number, target in enumerate(targets)]
+    captions = [f"image {column + 1}" for column in range(min(columns, len(views[0])))]
+    page(rows, captions, normalize).save(path)
+
+
+def page(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], normalize: Normalize) -> Image.Image:
+    """A sheet of standardised images: rows (name, (B, 3, s, s)) under one caption per column."""
+    width = _MARGIN + len(captions) * (_CELL + _GAP)
+    height = _LINE + _GAP + len(rows) * (_CELL + _GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for column, caption in enumerate(captions):
+        draw.text((_MARGIN + column * (_CELL + _GAP), 2), caption, "black", font)
+    for row, (name, images) in enumerate(rows):
         top = _LINE + _GAP + row * (_CELL + _GAP)
-        draw.text((_GAP, top), f"view {row + 1}", "black", font)
-        draw.text((_GAP, top + _LINE), f"{view.shape[3]} x {view.shape[2]} px", "black", font)
-        for column in range(count):
+        draw.text((_GAP, top), name, "black", font)
+        draw.text((_GAP, top + _LINE), f"{images.shape[3]} x {images.shape[2]} px", "black", font)
+        for column in range(len(captions)):
             left = _MARGIN + column * (_CELL + _GAP)
-            page.paste(_cell(view[column], normalize), (left, top))
-    page.save(path)
+            sheet.paste(_cell(images[column], normalize), (left, top))
+    return sheet
+
+
+def hidden(views: Tensor, masks: Tensor) -> Tensor:
+    """Views (B, 3, s, s) with the average colour, 0 after standardisation, in place of masked patches (B, N)."""
+    side = isqrt(masks.shape[1])
+    seen = (~masks).view(-1, 1, side, side).to(views.dtype)
+    return views * torch.nn.functional.interpolate(seen, views.shape[2:], mode="nearest")
 
 
 def _cell(view: Tensor, normalize: Normalize) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sslcli.config.views import Interpolation
-from sslcli.views.params import Boxes
+from sslcli.views.params import Boxes, Ints
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -92,11 +92,14 @@ def bands(
     return _weights(start, length, length / size, out, source, interpolation)
 
 
-def central_band(source: int, resized: int, first: int, count: int, interpolation: Interpolation) -> Tensor:
-    """Weights (1, count, source) that give pixels [first, first + count) of a line of `source` made `resized` long."""
-    out = torch.arange(first, first + count, dtype=torch.float32)
-    whole = torch.tensor([float(source)])
-    return _weights(torch.zeros(1), whole, whole / resized, out, source, interpolation)
+def window_band(
+    source: int, resized: int, first: Ints, count: int, interpolation: Interpolation, device: torch.device
+) -> Tensor:
+    """Weights (B, count, source) that give pixels [first, first + count) of a line of `source` made `resized` long."""
+    starts = torch.from_numpy(first.astype(np.float32)).to(device, non_blocking=True)  # (B,)
+    out = starts[:, None] + torch.arange(count, dtype=torch.float32, device=device)
+    whole = torch.full((len(first),), float(source), device=device)
+    return _weights(torch.zeros_like(whole), whole, whole / resized, out, source, interpolation)
 
 
 def _weights(
@@ -116,3 +119,9 @@ def _cubic(distance: Tensor) -> Tensor:
     near = (1.5 * distance - 2.5) * distance * distance + 1
     far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def shorter_side(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width after resizing the shorter side to `size`; the longer side is rounded down."""
+    longer = int(size * max(height, width) / min(height, width))
+    return (longer, size) if width <= height else (size, longer)

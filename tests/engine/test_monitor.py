@@ -18,7 +18,7 @@ from sslcli.contracts import Progress
 from sslcli.data import open_source
 from sslcli.engine import checkpoint
 from sslcli.engine.build import facts_of, images_per_rank, method_of, training_of
-from sslcli.engine.monitor import Monitor, two_of, undisturbed, voters
+from sslcli.engine.monitor import Monitor, undisturbed, voters
 from sslcli.engine.pretrain import pretrain
 from sslcli.engine.record import Record, Silent
 from sslcli.errors import CollapsedError
@@ -307,7 +307,7 @@ def test_two_views_are_drawn_as_among_all():
     views = load("pretrain", "dino-vits16-100e", (), {}).preset.views
     image = np.random.default_rng(0).integers(0, 255, (300, 260, 3), dtype=np.uint8)
     wanted = build(views, seed=3).crop(image, 5, 0)
-    found = build(two_of(views), seed=3).crop(image, 5, 0)
+    found = build(views.pair(), seed=3).crop(image, 5, 0)
     assert len(wanted) > len(found) == 2
     assert all(np.array_equal(a, b) for a, b in zip(wanted, found, strict=False))
 

@@ -12,9 +12,8 @@ from PIL import Image
 
 from sslcli.config.views import CropGroup, EvalView, Jitter, Normalize
 from sslcli.views import build_eval, colour, reference
-from sslcli.views.build import shorter_side
 from sslcli.views.params import HUE, NOTHING, Boxes, Colours, boxes, colours
-from sslcli.views.resize import as_planes, resize_by_bands, resize_crop
+from sslcli.views.resize import as_planes, resize_by_bands, resize_crop, shorter_side
 
 pytestmark = pytest.mark.golden
 

@@ -1,0 +1,138 @@
+"""Every kind of views: two readings that agree, draws that depend on seed, epoch and image alone."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from sslcli.config.views import CropGroup, Crops, Jitter, Patches, Rotations
+from sslcli.views import Seen, build
+from sslcli.views.resize import as_planes
+
+JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+KINDS = {
+    "crops": Crops(groups=(CropGroup(repeat=2, size=48, jitter=JITTER),)),
+    "rotations": Rotations(crop=CropGroup(size=48, jitter=JITTER, grey=0.3)),
+    "patches": Patches(resize=110, size=99, gap=2, jitter=8, grey=0.5),
+}
+every_kind = pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())
+
+
+def seen(views, images, index, epoch) -> Seen:
+    crops = [views.crop(image, int(one), epoch) for image, one in zip(images, index, strict=True)]
+    stacked = [torch.from_numpy(np.stack(part)) for part in zip(*crops, strict=True)]
+    return views.arrange(views.finish(stacked, index, epoch), index, epoch)
+
+
+def seen_slowly(views, images, index, epoch) -> Seen:
+    each = [views.reference(image, int(one), epoch) for image, one in zip(images, index, strict=True)]
+    return views.arrange([torch.from_numpy(np.stack(part)) for part in zip(*each, strict=True)], index, epoch)
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(150, 200), (200, 130)])
+def test_the_two_readings_agree(photos, cfg, shape):
+    views, images, index = build(cfg, 11), photos(12, *shape), np.arange(100, 112)
+    fast, slow = seen(views, images, index, 3), seen_slowly(views, images, index, 3)
+    assert len(fast.views) == len(slow.views) == cfg.count
+    levels = 255 * torch.tensor(cfg.normalize.std)[:, None, None]
+    for found, wanted in zip(fast.views, slow.views, strict=True):
+        assert found.shape == wanted.shape
+        assert found.dtype == wanted.dtype == torch.float32
+        difference = (found - wanted).abs() * levels
+        assert difference.mean() < 0.2
+        assert (difference > 2.01).float().mean() < 0.005
+
+
+@every_kind
+def test_an_image_looks_the_same_whoever_shares_its_batch(photos, cfg):
+    views, images, index = build(cfg, 4), photos(6, 120, 140), np.arange(6)
+    whole = seen(views, images, index, 0)
+    for part in (slice(0, 2), slice(2, 6)):
+        for of_part, of_all in zip(seen(views, images[part], index[part], 0).views, whole.views, strict=True):
+            assert torch.equal(of_part, of_all[part])
+    for found in (
+        seen(views, images, index, 1),
+        seen(views, images, index + 6, 0),
+        seen(build(cfg, 5), images, index, 0),
+    ):
+        assert not any(torch.equal(a, b) for a, b in zip(found.views, whole.views, strict=True))
+
+
+@every_kind
+def test_resident_images_are_cropped_as_in_a_worker(photos, cfg):
+    views, images, index = build(cfg, 4), photos(5, 120, 140), np.array([9, 2, 4, 77, 1])
+    batch = torch.from_numpy(images)
+    each = [views.crop(image, int(one), 2) for image, one in zip(images, index, strict=True)]
+    for part, alone in zip(views.crop_batch(batch, index, 2), zip(*each, strict=True), strict=True):
+        assert torch.equal(part, torch.from_numpy(np.stack(alone)))
+    for part, again in zip(
+        views.crop_batch(batch.permute(0, 3, 1, 2), index, 2), views.crop_batch(batch, index, 2), strict=True
+    ):
+        assert torch.equal(part, again)
+
+
+@every_kind
+def test_views_travel_to_workers(cfg):
+    views = build(cfg, 3)
+    assert pickle.loads(pickle.dumps(views)) == views
+
+
+@every_kind
+def test_a_miniature_is_of_the_same_kind_and_small(cfg):
+    small = type(cfg).model_validate(cfg.shrunk(32).model_dump(mode="json"))
+    assert small.count == cfg.count
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    assert all(max(part.shape) <= 32 for part in build(small, 0).crop(image, 0, 0))
+    assert small.eval_view.size <= 32
+
+
+def test_patches_by_matrix_products_equal_those_of_a_worker(photos):
+    views, images, index = build(KINDS["patches"], 4), photos(5, 120, 140), np.array([9, 2, 4, 77, 1])
+    products = views.crop_by_bands(as_planes(torch.from_numpy(images)), index, 2)
+    for found, wanted in zip(products, views.crop_batch(torch.from_numpy(images), index, 2), strict=True):
+        assert found.shape == wanted.shape == (5, 3, 23, 23)
+        assert (found.int() - wanted.int()).abs().max() <= 1
+
+
+def test_rotations_are_quarter_turns_of_one_view(photos):
+    found = seen(build(KINDS["rotations"], 0), photos(3, 100, 120), np.arange(3), 0).views
+    for turns, view in enumerate(found):
+        np.testing.assert_array_equal(view.numpy(), np.rot90(found[0].numpy(), turns, axes=(2, 3)))
+    assert build(KINDS["rotations"], 0).cfg.pair() is None
+
+
+def test_patches_keep_their_distance_and_use_all_of_their_room():
+    cfg = Patches(resize=64, size=60, gap=3, jitter=4, grey=0.0)
+    assert (cfg.cell, cfg.patch) == (20, 13)
+    # every pixel says where it is, so that every patch does
+    rows, columns = np.mgrid[:64, :64]
+    image = np.stack([rows, columns, rows], axis=2).astype(np.uint8)
+    views, shifts, squares = build(cfg, 0), set(), set()
+    for index in range(60):
+        corners = np.array([[int(p[0, 0, 0]), int(p[1, 0, 0])] for p in views.crop(image, index, 0)]).reshape(3, 3, 2)
+        assert (np.diff(corners[..., 0], axis=0) >= cfg.patch + cfg.gap).all()
+        assert (np.diff(corners[..., 1], axis=1) >= cfg.patch + cfg.gap).all()
+        places = views._places(np.array([index]), 0, 64, 64)
+        shifts |= set(places.down.flat) | set(places.across.flat)
+        squares |= {int(places.top[0]), int(places.left[0])}
+        assert corners[0, 0].tolist() == [
+            places.top[0] + places.down[0, 0] + 1,
+            places.left[0] + places.across[0, 0] + 1,
+        ]
+    assert shifts == set(range(5))
+    assert squares == set(range(5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (Patches, {"size": 300}, "does not fit into an image resized to 292"),
+        (Patches, {"jitter": 85}, "leave nothing of a cell of 85 pixels"),
+        (Rotations, {"crop": {"repeat": 2}}, "one crop is turned four times"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
