@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moco": {"queue": 64},
     "mocov3": {"dim": 16, "hidden": 32},
     "npid": {"negatives": 32},
+    "relative_loc": {"hidden": 32},
     "simsiam": {"dim": 32, "bottleneck": 8},
     "swav": {"prototypes": 32, "queue": 16, "queue_from_epoch": 0, "freeze_steps": 1},
     "triplet": {"hidden": 32, "dim": 16, "ranks": [2, 3], "online_size": [16, 32], "target_size": [24, 32]},
@@ -56,7 +57,20 @@ def crops(needs: ViewNeeds, images: Tensor, generator: torch.Generator) -> Batch
     return Batch(views=views, index=torch.arange(len(images)))
 
 
-KINDS: dict[str, Callable[[ViewNeeds, Tensor, torch.Generator], Batch]] = {"crops": crops}
+def rotations(needs: ViewNeeds, images: Tensor, generator: torch.Generator) -> Batch:
+    return Batch(views=[torch.rot90(images, turns, (2, 3)) for turns in range(4)], index=torch.arange(len(images)))
+
+
+def patches(needs: ViewNeeds, images: Tensor, generator: torch.Generator) -> Batch:
+    rows = [row.chunk(3, dim=3) for row in images[:, :, :30, :30].chunk(3, dim=2)]
+    return Batch(views=[patch for row in rows for patch in row], index=torch.arange(len(images)))
+
+
+KINDS: dict[str, Callable[[ViewNeeds, Tensor, torch.Generator], Batch]] = {
+    "crops": crops,
+    "rotations": rotations,
+    "patches": patches,
+}
 
 
 def batch_of(method: Method[Any], step: int) -> Batch:

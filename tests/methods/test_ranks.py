@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "barlowtwins": {"dim": 12, "hidden": 16},
     "byol": {"dim": 8, "hidden": 16},
     "mocov3": {"dim": 8, "hidden": 16},
+    "relative_loc": {"hidden": 16, "dropout": 0.0},
+    "rotation": {},
     "simclr": {"dim": 8},
     "simsiam": {"dim": 16, "bottleneck": 8},
     "vicreg": {"dim": 12, "hidden": 16},
@@ -48,7 +50,8 @@ def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        views = torch.randn(2, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
+        count = method.cfg.views.at_least
+        views = torch.randn(count, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
         mine = views.chunk(dist.world(), dim=1)[dist.rank()]
         at = Progress(step=step, total=8, steps_per_epoch=4, seed=0)
         optimizer.zero_grad()

@@ -111,3 +111,42 @@ def test_moco_on_cifar10_as_in_the_authors_demo():
     said(preset.optim, name="sgd", momentum=0.9, weight_decay=5e-4)
     assert preset.optim.effective_lr(512) == 0.06
     assert preset.data.batch_size // 8 == preset.run.batch_norm == 64  # its SplitBatchNorm cuts 512 images into 8
+
+
+@pytest.mark.parametrize(("name", "precision"), [("rotation-r50-70e", None), ("rotation-r50-fp16-70e", "fp16")])
+def test_rotation(name, precision):
+    preset = preset_of(name)
+    said(preset.method, name="rotation")
+    assert preset.views.name == "rotations"
+    said(preset.views.crop, size=224, scale=[0.08, 1.0], flip=0.5, jitter=None, grey=0.0, interpolation="bilinear")
+    said(preset.optim, name="sgd", lr=0.2, momentum=0.9, nesterov=False, weight_decay=1e-4, rules=[])
+    assert preset.optim.effective_lr(128) == 0.2
+    seventy_epochs_in_steps(preset)
+    said(preset.run, batch_norm="global", precision=precision)
+    assert preset.data.batch_size == 8 * 16
+    assert preset.views.eval_view.size == 224
+
+
+def test_relative_location():
+    preset = preset_of("relative-loc-r50-70e")
+    said(preset.method, name="relative_loc", hidden=4096, momentum=0.003, dropout=0.5)
+    said(preset.views, name="patches", resize=292, size=255, gap=0, jitter=21, grey=0.66, interpolation="bilinear")
+    assert (preset.views.cell, preset.views.patch) == (85, 64)
+    said(preset.views.eval_view, resize=292, size=255)
+    said(preset.optim, name="sgd", momentum=0.9, weight_decay=1e-4)
+    assert preset.optim.effective_lr(512) == 0.2
+    (rule,) = preset.optim.rules
+    assert rule.weight_decay == 5e-4
+    assert [rule.selects(key, 2) for key in ("neck.0.weight", "head.weight", "backbone.trunk.fc.weight")] == [
+        True, True, False,
+    ]  # fmt: skip
+    seventy_epochs_in_steps(preset)
+    said(preset.run, batch_norm=64, precision=None)
+    assert preset.data.batch_size == 8 * 64
+
+
+def seventy_epochs_in_steps(preset: PretrainPreset) -> None:
+    said(preset.schedule, name="step", at=[30, 50], gamma=0.1, by="epoch")
+    assert preset.schedule.warmup is not None
+    said(preset.schedule.warmup, epochs=5.0, start=0.1, shape="linear", by="step", subtract=False)
+    assert preset.run.epochs == 70

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sslcli.config.views import CropGroup, EvalView, Jitter, Normalize
-from sslcli.views import build_eval, colour, reference
+from sslcli.config.views import CropGroup, EvalView, Jitter, Normalize, Patches, Rotations
+from sslcli.views import build, build_eval, colour, reference
 from sslcli.views.params import HUE, NOTHING, Boxes, Colours, boxes, colours
+from sslcli.views.patches import corners, cut
 from sslcli.views.resize import as_planes, resize_by_bands, resize_crop, shorter_side
 
 pytestmark = pytest.mark.golden
@@ -217,3 +218,41 @@ def variation(values: np.ndarray, histogram: np.ndarray, edges: np.ndarray) -> f
     """Total variation between a sample and a recorded histogram."""
     counts = np.histogram(values, edges)[0]
     return float(np.abs(counts / counts.sum() - histogram / histogram.sum()).sum() / 2)
+
+
+@pytest.mark.parametrize("name", ["rotation_china20", "rotation_flower16", "rotation_odd7"])
+def test_quarter_turns(golden, name):
+    case = np.load(golden / "pretext" / f"{name}.npz")
+    views = build(Rotations(crop=CropGroup(size=len(case["image"]))), 0)
+    image = torch.from_numpy(case["image"]).permute(2, 0, 1)[None]
+    for turns, turned in enumerate(views.arrange([image], np.array([0]), 0).views):
+        assert case["labels"][turns] == turns
+        np.testing.assert_array_equal(turned[0].numpy(), case[f"mmselfsup_rot{turns}"])
+        np.testing.assert_array_equal(turned[0].permute(1, 2, 0).numpy(), case[f"rotnet_rot{turns}"])
+
+
+@pytest.mark.parametrize("name", ["relative_loc_sq96", "relative_loc_sq99", "relative_loc_sq255"])
+def test_patches_of_a_square(golden, name):
+    case = np.load(golden / "pretext" / f"{name}.npz")
+    image, shifts = case["image"], case["crop_i_j_h_w"]
+    side = len(image)
+    cfg = Patches(resize=side, size=side, jitter=21)
+    assert shifts[:, 2:].tolist() == [[cfg.patch, cfg.patch]] * 9
+    found = cut(image, corners(cfg.cell, shifts[:, 0], shifts[:, 1]), cfg.patch)
+    np.testing.assert_array_equal(np.stack(found), case["patches"])
+    if "pairs" in case.files:
+        neighbours = [patch for number, patch in enumerate(found) if number != 4]
+        pairs = [np.concatenate([patch, found[4]], axis=2).transpose(2, 0, 1) for patch in neighbours]
+        np.testing.assert_array_equal(np.stack(pairs), case["pairs"])
+
+
+def test_the_reference_exchanges_height_and_width(golden):
+    """Only for images that are not square, which `Patches` never cuts: what lies outside is black there."""
+    case = np.load(golden / "pretext" / "relative_loc_nonsq_w120_h96.npz")
+    image, shifts = case["image"], case["crop_i_j_h_w"]
+    tall, wide = image.shape[1] // 3, image.shape[0] // 3  # exchanged
+    padded = np.pad(image, ((0, 200), (0, 200), (0, 0)))
+    for number, (down, across, height, width) in enumerate(shifts.tolist()):
+        assert (height, width) == (tall - 21, wide - 21)
+        top, left = tall * (number // 3) + down, wide * (number % 3) + across
+        np.testing.assert_array_equal(padded[top : top + height, left : left + width], case["patches"][number])
