@@ -25,11 +25,9 @@ from sslcli import dist
 from sslcli.config.load import load
 from sslcli.config.presets import PretrainPreset
 from sslcli.contracts import Batch, Progress
-from sslcli.data import open_source
-from sslcli.engine import build, loop, machine
+from sslcli.engine import loop
+from sslcli.engine.plan import assembled
 from sslcli.engine.pretrain import pretrain
-from sslcli.seeds import seed_of
-from sslcli.views import build as build_views
 
 
 def wait() -> None:
@@ -51,16 +49,11 @@ class Loops:
     """The bare loop and the engine's step over the same method and optimiser."""
 
     def __init__(self, preset: PretrainPreset, steps: int) -> None:
-        source = open_source(preset.data.source)
-        views = build_views(preset.views, seed_of(preset.seed, "views"))
-        self.preset = machine.resolved(preset, resident=source.resident() is not None, reading="fast")
+        run = preset.run.model_copy(update={"views": "fast"})
+        parts = assembled(preset.model_copy(update={"run": run}))
+        self.preset, self.training, self.feed, self.at = parts.preset, parts.training, parts.feed, parts.at
         self.steps = steps
-        self.loader = build.loader_of(self.preset, source, views)
-        facts = build.facts_of(self.preset, images=len(source), steps_per_epoch=self.loader.steps_per_epoch)
-        self.training, _ = build.training_of(build.method_of(self.preset, facts), self.preset)
-        self.training.method.train()
-        self.feed = build.feed_of(self.loader, views, self.preset)
-        self.at = Progress(0, facts.total_steps, facts.steps_per_epoch, preset.seed)
+        self.close = parts.close
         self.batch: Batch = next(iter(self.feed.epoch(self.at, None)))
 
     def bare(self) -> None:
@@ -110,7 +103,7 @@ def measure(name: str, overrides: list[str], steps: int, rounds: int) -> dict[st
     preset = load("pretrain", name, overrides).preset
     loops = Loops(preset, steps)
     kinds = {"bare": loops.bare, "engine": loops.engine, "whole": loops.whole}
-    with closing(loops.loader):
+    with closing(loops):
         for work in kinds.values():
             work()
         spent: dict[str, list[float]] = {kind: [] for kind in kinds}

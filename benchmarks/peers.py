@@ -32,12 +32,9 @@ from torchvision import transforms
 
 from sslcli.backbones.resnet import Config, ResNet
 from sslcli.config.load import load
-from sslcli.contracts import Progress
-from sslcli.data import open_source
 from sslcli.data.decode import read_image
-from sslcli.engine import build, loop, machine
-from sslcli.seeds import seed_of
-from sslcli.views import build as build_views
+from sslcli.engine import loop
+from sslcli.engine.plan import assembled
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
 TEMPERATURE, MOMENTUM, QUEUE, DIM = 0.2, 0.99, 4096, 128
@@ -202,15 +199,10 @@ class Ours:
             f"data.batch_size={batch}",
             f"backbone={{name: resnet, {', '.join(f'{key}: {value}' for key, value in backbone.items())}}}",
         ]
-        preset = load("pretrain", name, given).preset
-        source, views = open_source(preset.data.source), build_views(preset.views, seed_of(preset.seed, "views"))
-        self._preset = machine.resolved(preset, resident=source.resident() is not None, reading="fast")
-        self.loader = build.loader_of(self._preset, source, views)
-        facts = build.facts_of(self._preset, images=len(source), steps_per_epoch=self.loader.steps_per_epoch)
-        self._training, _ = build.training_of(build.method_of(self._preset, facts), self._preset)
-        self._training.method.train()
-        self._at = Progress(0, facts.total_steps, facts.steps_per_epoch, preset.seed)
-        self._batches = self._endless(build.feed_of(self.loader, views, self._preset))
+        parts = assembled(load("pretrain", name, [*given, "run.views=fast"]).preset)
+        self._preset, self._training, self._at = parts.preset, parts.training, parts.at
+        self._batches = self._endless(parts.feed)
+        self.close = parts.close
 
     def step(self) -> None:
         """One update."""
@@ -265,7 +257,7 @@ def main() -> None:
     if importlib.util.find_spec("lightly") is not None:
         theirs = {"simclr": lightly_simclr, "moco": lightly_moco}[method]
         entries["lightly"] = theirs(network(), network().dim, lightly_batches(files, given.batch))
-    with closing(ours.loader):
+    with closing(ours):
         found = contest(entries, given.batch, given.rounds, given.steps)
     rows = {
         name: {"img/s per core": round(rate), "ssl / it": round(found["ssl"] / rate, 2)} for name, rate in found.items()

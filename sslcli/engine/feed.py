@@ -47,7 +47,7 @@ class Feed:
     def epoch(self, at: Progress, weights: np.ndarray | None) -> Iterator[Batch]:
         """The rest of the current epoch, from the step `at` stands at."""
         host = self._timed(self.loader.epoch(at.epoch, at.step_in_epoch, weights))
-        made = (self._on_device(batch, at.epoch) for batch in host)
+        made = (self.on_device(batch, at.epoch) for batch in host)
         batches = made if self._copies is None else self._ahead(made)
         return traced(batches, at.step) if "SSL_TRACE" in os.environ else batches
 
@@ -62,7 +62,8 @@ class Feed:
             yield batch
 
     @torch.no_grad()
-    def _on_device(self, host: HostBatch, epoch: int) -> Batch:
+    def on_device(self, host: HostBatch, epoch: int) -> Batch:
+        """What is left to do of the views of a host batch, on the device."""
         index = host.index.numpy()
         if host.images is not None:
             crops = self._views.crop_batch(host.images.to(self._device, non_blocking=True), index, epoch)

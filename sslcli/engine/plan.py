@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,7 @@ from sslcli.engine.build import (
     method_of,
     training_of,
 )
+from sslcli.engine.feed import Feed
 from sslcli.engine.record import table
 from sslcli.engine.resume import state_of
 from sslcli.errors import DataError, SslError, UserError
@@ -81,25 +83,53 @@ def summary(
     return table(rows) + "\n" + groups
 
 
-def dry_run(preset: PretrainPreset, *, steps: int = 2) -> list[tuple[str, str]]:
-    """Validate preset, data and machine by taking a few real steps; nothing is written.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All that a run is made of, ready for its first step, and no run folder."""
 
-    Returns:
-        Rows (name, value) to print: parameters, memory, images per second, time and disk needed, learning rate.
+    preset: PretrainPreset
+    """With everything decided that a machine decides."""
+    source: Source
+    facts: RunFacts
+    training: loop.Training
+    groups: str
+    """The table of parameter groups."""
+    feed: Feed
+    at: Progress
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self.feed.loader.close()
+
+
+def assembled(preset: PretrainPreset) -> Parts:
+    """Build what a preset describes on this machine; the method is in training mode.
+
+    Raises:
+        UserError: the preset does not fit data or machine.
     """
     source = open_source(preset.data.source)
     check_batch(preset, len(source), dist.world())
     views = build(preset.views, seed_of(preset.seed, "views"))
     reading = preset.run.views or faster_reading(source, views, preset.data.batch_size)
     preset = machine.resolved(preset, resident=source.resident() is not None, reading=reading)
-    with closing(loader_of(preset, source, views)) as loader:
-        facts = facts_of(preset, images=len(source), steps_per_epoch=loader.steps_per_epoch)
-        method = method_of(preset, facts)
-        training, groups = training_of(method, preset)
-        feed = feed_of(loader, views, preset)
-        at = Progress(step=0, total=facts.total_steps, steps_per_epoch=facts.steps_per_epoch, seed=preset.seed)
-        method.train()
-        losses, seconds = [], []
+    loader = loader_of(preset, source, views)
+    facts = facts_of(preset, images=len(source), steps_per_epoch=loader.steps_per_epoch)
+    training, groups = training_of(method_of(preset, facts), preset)
+    training.method.train()
+    at = Progress(step=0, total=facts.total_steps, steps_per_epoch=facts.steps_per_epoch, seed=preset.seed)
+    return Parts(preset, source, facts, training, groups, feed_of(loader, views, preset), at)
+
+
+def dry_run(preset: PretrainPreset, *, steps: int = 2) -> list[tuple[str, str]]:
+    """Validate preset, data and machine by taking a few real steps; nothing is written.
+
+    Returns:
+        Rows (name, value) to print: parameters, memory, images per second, time and disk needed, learning rate.
+    """
+    losses, seconds = [], []
+    with closing(assembled(preset)) as parts:
+        preset, facts, training, feed, at = parts.preset, parts.facts, parts.training, parts.feed, parts.at
         for batch in islice(feed.epoch(at, None), steps):
             begun = time.perf_counter()
             result, _, _ = loop.step(training, batch, at, preset)
@@ -108,10 +138,10 @@ def dry_run(preset: PretrainPreset, *, steps: int = 2) -> list[tuple[str, str]]:
             feed.waited, at = 0.0, at.next()
     if not all(map(math.isfinite, losses)):
         raise SslError("the loss of the first steps is not finite", hint="try `-o run.precision=fp32`")
-    bytes_written = size_of(state_of(training, preset, facts, source, at))
+    bytes_written = size_of(state_of(training, preset, facts, parts.source, at))
     rate = preset.data.batch_size / min(seconds)
-    parameters = sum(p.numel() for p in method.parameters())
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in training.method.parameters())
+    trained = sum(p.numel() for p in training.method.parameters() if p.requires_grad)
     return [
         ("images", f"{facts.images} ({preset.data.source.name})"),
         ("parameters", f"{parameters / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained"),
@@ -124,7 +154,7 @@ def dry_run(preset: PretrainPreset, *, steps: int = 2) -> list[tuple[str, str]]:
         ("speed", f"{rate:.1f} images/s (from {len(seconds)} steps)"),
         ("time", f"about {_duration(facts.total_steps * preset.data.batch_size / rate)}"),
         ("disk", f"about {bytes_written * (preset.run.checkpoints.keep.last + 1) / 1e6:.0f} MB of checkpoints"),
-        ("groups", "\n" + groups),
+        ("groups", "\n" + parts.groups),
     ]  # fmt: skip
 
 
