@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from sslcli import __version__
-from sslcli.cli import bench, demo, doctor, evaluate, extract, features, methods, presets, pretrain, runs, verify
+from sslcli.cli import (
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    extract,
+    features,
+    methods,
+    presets,
+    pretrain,
+    runs,
+    show,
+    verify,
+)
 from sslcli.errors import SslError, StoppedOnRequest
 
 app = typer.Typer(
@@ -47,6 +60,7 @@ app.command("knn", hidden=True)(evaluate.knn)
 app.command("demo")(demo.demo)
 app.add_typer(presets.app, name="presets")
 app.add_typer(runs.app, name="runs")
+app.add_typer(show.app, name="show")
 app.add_typer(verify.app, name="verify")
 app.command("bench")(bench.bench)
 app.command("methods")(methods.methods)

@@ -3,6 +3,6 @@
 from sslcli.views.build import build, build_eval
 from sslcli.views.evaluation import EvalLook
 from sslcli.views.kind import Seen, Views
-from sslcli.views.picture import picture
+from sslcli.views.picture import page, picture, rows_of
 
-__all__ = ["EvalLook", "Seen", "Views", "build", "build_eval", "picture"]
+__all__ = ["EvalLook", "Seen", "Views", "build", "build_eval", "page", "picture", "rows_of"]

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sslcli.config.views import Normalize
+from sslcli.views.kind import Seen
 
 _CELL, _GAP, _MARGIN, _LINE = 112, 6, 84, 16
 
@@ -28,16 +29,22 @@ def picture(
     `views` and `targets` are standardised, each (B, 3, s, s); what is drawn is back in grey levels, every one at the
     same size. `masks` (B, N), N a square of whole patches, are drawn over the first view.
     """
-    rows = [(f"view {number + 1}", view) for number, view in enumerate(views)]
-    if masks is not None:
-        rows.append(("masked", hidden(views[0], masks)))
-    rows += [(f"target {number + 1}", target) for number, target in enumerate(targets)]
-    captions = [f"image {column + 1}" for column in range(min(columns, len(views[0])))]
-    page(rows, captions, normalize).save(path)
+    seen = Seen([view[:columns] for view in views], masks, targets)
+    captions = [f"image {column + 1}" for column in range(len(seen.views[0]))]
+    page(rows_of(seen), captions, normalize).save(path)
+
+
+def rows_of(seen: Seen) -> list[tuple[str, Tensor]]:
+    """What to draw of a batch, by name: every view, what masks leave of the first, every target."""
+    rows = [(f"view {number + 1}", view) for number, view in enumerate(seen.views)]
+    if seen.masks is not None:
+        rows.append(("masked", hidden(seen.views[0], seen.masks[: len(seen.views[0])])))
+    rows += [(f"target {number + 1}", target) for number, target in enumerate(seen.targets)]
+    return [(f"{name}\n{images.shape[3]} x {images.shape[2]} px", images) for name, images in rows]
 
 
 def page(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], normalize: Normalize) -> Image.Image:
-    """A sheet of standardised images: rows (name, (B, 3, s, s)) under one caption per column."""
+    """A sheet of standardised images: rows (name, up to one image per column), each (b, 3, h, w), under captions."""
     width = _MARGIN + len(captions) * (_CELL + _GAP)
     height = _LINE + _GAP + len(rows) * (_CELL + _GAP)
     sheet = Image.new("RGB", (width, height), "white")
@@ -46,11 +53,10 @@ def page(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], normalize:
         draw.text((_MARGIN + column * (_CELL + _GAP), 2), caption, "black", font)
     for row, (name, images) in enumerate(rows):
         top = _LINE + _GAP + row * (_CELL + _GAP)
-        draw.text((_GAP, top), name, "black", font)
-        draw.text((_GAP, top + _LINE), f"{images.shape[3]} x {images.shape[2]} px", "black", font)
-        for column in range(len(captions)):
+        draw.multiline_text((_GAP, top), name, "black", font)
+        for column, image in enumerate(images):
             left = _MARGIN + column * (_CELL + _GAP)
-            sheet.paste(_cell(images[column], normalize), (left, top))
+            sheet.paste(_cell(image, normalize), (left, top))
     return sheet
 
 
