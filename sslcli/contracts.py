@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslcli.config.base import MethodConfig
 from sslcli.config.optim import ParamRule
+from sslcli.errors import UserError
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -75,6 +76,8 @@ class Batch:
     """(B,) int64, where the source has labels."""
     masks: Tensor | None = None
     """(B, N) bool, True where a patch is masked; for masked views."""
+    masked: int | None = None
+    """How many patches are masked of every image, where the host knows that it is the same number."""
     targets: list[Tensor] = field(default_factory=list)
     """Further renderings of the images for target networks; for masked views."""
 
@@ -111,6 +114,10 @@ class Backbone(nn.Module, ABC):
     trunk: nn.Module
     dim: int
     """Length of the pooled feature."""
+    patch: int = 0
+    """Side in pixels of the patches that a method may hide; 0 where the network has none."""
+    patch_dim: int = 0
+    """Length of the embedding of a patch."""
 
     @abstractmethod
     def maps(self, images: Tensor) -> Tensor:
@@ -127,6 +134,37 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def tap_names(self) -> tuple[str, ...]:
         """The names `taps` understands."""
+
+    def visible_tokens(self, images: Tensor, patches: Tensor) -> Tensor:
+        """Last tokens (B, 1 + K, dim), the class token first, when only some patches of the images are shown.
+
+        Args:
+            images: (B, 3, H, W).
+            patches: (B, K) int64, numbers of the patches in row-major order; the tokens keep their order.
+
+        Raises:
+            UserError: the network cannot be shown some patches only.
+        """
+        raise UserError(
+            f"`{type(self).__name__}` cannot leave patches out",
+            hint="use `backbone: {name: vit}` with this method",
+        )
+
+    def masked_maps(self, images: Tensor, masks: Tensor, token: Tensor) -> Tensor:
+        """Last feature maps (B, C, h, w) when a token takes the place of masked patches before positions are added.
+
+        Args:
+            images: (B, 3, H, W).
+            masks: (B, N) bool, True where a patch is masked.
+            token: (patch_dim,) what stands there instead.
+
+        Raises:
+            UserError: the network cannot have patches replaced.
+        """
+        raise UserError(
+            f"`{type(self).__name__}` cannot have patches replaced",
+            hint="use `backbone: {name: vit}`, `beit` or `swin` with this method",
+        )
 
 
 class Look(Protocol):

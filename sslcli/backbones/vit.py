@@ -16,6 +16,7 @@ from sslcli.config.base import BackboneConfig
 from sslcli.config.types import Count, Fraction
 from sslcli.contracts import Backbone
 from sslcli.errors import UserError
+from sslcli.nn.patches import replaced
 from sslcli.nn.positions import sincos_positions
 from sslcli.nn.taps import check_taps
 
@@ -92,6 +93,7 @@ class ViT(Backbone):
         self.dim = width
         self.pool = cfg.pool
         self.patch = cfg.patch
+        self.patch_dim = width
 
     def tokens(self, images: Tensor) -> Tensor:
         """Class token, then patch tokens in row-major order, after the last norm: (B, 1 + N, dim)."""
@@ -101,6 +103,20 @@ class ViT(Backbone):
     def maps(self, images: Tensor) -> Tensor:
         """Patch tokens (B, dim, h, w) after the last norm."""
         return self._as_maps(self.tokens(images), images)
+
+    def visible_tokens(self, images: Tensor, patches: Tensor) -> Tensor:
+        """Class token, then the tokens of the given patches, after the last norm: (B, 1 + K, dim)."""
+        self._fits(images)
+        tokens = self.trunk._pos_embed(self.trunk.patch_embed(images))  # (B, 1 + N, D)
+        shown = tokens[:, 1:].gather(1, patches.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+        return self._through(torch.cat([tokens[:, :1], shown], dim=1))
+
+    def masked_maps(self, images: Tensor, masks: Tensor, token: Tensor) -> Tensor:
+        """Patch tokens (B, dim, h, w) after the last norm, with `token` for the embeddings of masked patches."""
+        self._fits(images)
+        patches = self.trunk.patch_embed(images)  # (B, h, w, D)
+        patches = replaced(patches, masks, token)
+        return self._as_maps(self._through(self.trunk._pos_embed(patches)), images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class token or mean patch token (B, dim) after the last norm."""
@@ -122,6 +138,15 @@ class ViT(Backbone):
     def tap_names(self) -> tuple[str, ...]:
         """The blocks under timm's names, and the pooled feature."""
         return (*(f"blocks.{number}" for number in range(len(self.trunk.blocks))), "pooled")
+
+    def _through(self, tokens: Tensor) -> Tensor:
+        """Blocks and last norm, for tokens (B, L, D) with positions."""
+        from timm.models import checkpoint_seq
+
+        trunk = self.trunk
+        if trunk.grad_checkpointing:
+            return trunk.norm(checkpoint_seq(trunk.blocks, tokens))
+        return trunk.norm(trunk.blocks(tokens))
 
     def _pooled(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)

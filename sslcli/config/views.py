@@ -4,6 +4,7 @@ The order is crop, flip, jitter, grey, blur, solarize, normalize; so two presets
 """
 
 from abc import ABC, abstractmethod
+from math import ceil
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -22,7 +23,7 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
-Interpolation = Literal["bilinear", "bicubic"]
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 
 class Jitter(Settings):
@@ -262,7 +263,131 @@ class Patches(ViewKind):
         return self
 
 
-AnyViews = Annotated[Crops | Rotations | Patches, Field(discriminator="name")]
+class RandomMask(Settings):
+    """Patches hidden one by one (MAE)."""
+
+    name: Literal["random"] = "random"
+    ratio: Fraction = 0.75
+    """Share of the patches that are hidden; the number that stays visible is rounded down."""
+
+    def count(self, size: int, patch: int) -> int | None:
+        """How many patches are hidden of a crop of so many pixels."""
+        patches = (size // patch) ** 2
+        return patches - int(patches * (1 - self.ratio))
+
+
+class GridMask(Settings):
+    """Coarse square cells hidden one by one (SimMIM)."""
+
+    name: Literal["grid"] = "grid"
+    ratio: Fraction = 0.6
+    """Share of the cells that are hidden; their number is rounded up."""
+    cell: Count = 32
+    """Side of a cell in pixels, a multiple of the patch."""
+
+    def count(self, size: int, patch: int) -> int | None:
+        """How many patches are hidden of a crop of so many pixels."""
+        return ceil((size // self.cell) ** 2 * self.ratio) * (self.cell // patch) ** 2
+
+
+class BlockMask(Settings):
+    """Rectangular blocks, one after the other (BEiT, CAE, MaskFeat)."""
+
+    name: Literal["blocks"] = "blocks"
+    patches: Count = 75
+    """How many patches are to be hidden."""
+    least: Count = 16
+    """Least area of a block in patches."""
+    most: Count | None = None
+    """Largest area of a block in patches; `patches` when absent."""
+    aspect: Range = (0.3, 1 / 0.3)
+    """Height over width of a block, drawn log-uniformly."""
+    exact: bool = False
+    """Go on until exactly `patches` are hidden (CAE); otherwise stop when no block can be placed (BEiT, MaskFeat)."""
+
+    def count(self, size: int, patch: int) -> int | None:
+        """How many patches are hidden of a crop; None where it depends on the image."""
+        return self.patches if self.exact else None
+
+
+AnyMask = Annotated[RandomMask | GridMask | BlockMask, Field(discriminator="name")]
+
+
+class SecondLook(Settings):
+    """The same crop once more, at another size and in other units, for a network that makes targets (CAE)."""
+
+    size: Count = 112
+    """Side of the square output in pixels."""
+    interpolation: Interpolation = "lanczos"
+    """Resampling filter, antialiased."""
+    normalize: Normalize = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    """What that network sees: (x / 255 - mean) / std; as it stands, values in [0, 1]."""
+
+
+class Masked(ViewKind):
+    """One crop of each image, some of whose patches are hidden from the network."""
+
+    name: Literal["masked"] = "masked"
+    crop: CropGroup
+    """The crop."""
+    patch: Count = 16
+    """Side of a patch in pixels, as the backbone has it."""
+    mask: AnyMask = RandomMask()
+    """Which patches are hidden."""
+    target: SecondLook | None = None
+    """The crop once more, for targets."""
+
+    @property
+    def count(self) -> int:
+        """One."""
+        return self.crop.repeat
+
+    @property
+    def eval_view(self) -> EvalView:
+        """As large as the crop."""
+        return _as_large_as(self.crop, self.normalize)
+
+    def shrunk(self, side: int) -> Self:
+        """The crop at most `side` pixels, in as large patches, and masks that hide about the same share."""
+        size, patch = min(self.crop.size, side), self.patch
+        changes: dict[str, object] = {}
+        if isinstance(self.mask, GridMask):
+            changes = {"cell": max(patch, size // 4)}
+        if isinstance(self.mask, BlockMask):
+            share = (size / self.crop.size) ** 2
+            changes = {
+                "patches": max(1, int(self.mask.patches * share)),
+                "least": max(1, int(self.mask.least * share)),
+                "most": None,
+            }
+        target = self.target
+        if target is not None:
+            target = target.model_copy(update={"size": max(1, target.size * size // self.crop.size)})
+        return self.model_copy(
+            update={
+                "crop": _at_most(self.crop, side),
+                "mask": self.mask.model_copy(update=changes),
+                "target": target,
+            }
+        )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Masked":
+        size, patch, mask = self.crop.size, self.patch, self.mask
+        if size % patch:
+            raise ValueError(f"`patch` must divide `crop.size` (got {patch} and {size})")
+        if self.crop.repeat != 1:
+            raise ValueError(f"one crop of each image is masked, `crop.repeat` must be 1 (got {self.crop.repeat})")
+        if isinstance(mask, GridMask) and (mask.cell % patch or size % mask.cell):
+            raise ValueError(f"`mask.cell` must be a multiple of `patch` {patch} and divide {size} (got {mask.cell})")
+        if isinstance(mask, BlockMask) and mask.patches >= (size // patch) ** 2:
+            raise ValueError(
+                f"`mask.patches` must be less than the {(size // patch) ** 2} patches of an image (got {mask.patches})"
+            )
+        return self
+
+
+AnyViews = Annotated[Crops | Rotations | Patches | Masked, Field(discriminator="name")]
 
 
 def _as_large_as(group: CropGroup, normalize: Normalize) -> EvalView:

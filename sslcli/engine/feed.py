@@ -76,6 +76,7 @@ class Feed:
             index=host.index.to(self._device, non_blocking=True),
             labels=None if host.labels is None else host.labels.to(self._device, non_blocking=True),
             masks=seen.masks,
+            masked=seen.masked,
             targets=[target.contiguous(memory_format=self._format) for target in seen.targets],
         )
 

@@ -164,6 +164,7 @@ def slices(batch: Batch, parts: int) -> Iterator[Batch]:
             index=batch.index[cut],
             labels=None if batch.labels is None else batch.labels[cut],
             masks=None if batch.masks is None else batch.masks[cut],
+            masked=batch.masked,
             targets=[target[cut] for target in batch.targets],
         )
 

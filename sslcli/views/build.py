@@ -1,9 +1,10 @@
 """From a description of views to what draws them: the one place that tells the kinds apart."""
 
-from sslcli.config.views import AnyViews, Crops, EvalView, Patches, Rotations
+from sslcli.config.views import AnyViews, Crops, EvalView, Masked, Patches, Rotations
 from sslcli.views.crops import CropViews
 from sslcli.views.evaluation import EvalLook
 from sslcli.views.kind import Views
+from sslcli.views.masked import MaskedViews
 from sslcli.views.patches import PatchViews
 from sslcli.views.rotations import RotationViews
 
@@ -17,6 +18,8 @@ def build(cfg: AnyViews, seed: int) -> Views:
             return RotationViews(cfg, seed)
         case Patches():
             return PatchViews(cfg, seed)
+        case Masked():
+            return MaskedViews(cfg, seed)
 
 
 def build_eval(cfg: EvalView) -> EvalLook:

@@ -20,6 +20,8 @@ class Seen(NamedTuple):
     """(B, N) bool, True where a patch is masked."""
     targets: Sequence[Tensor] = ()
     """Further renderings of the images for target networks, each (B, 3, h, w) float32."""
+    masked: int | None = None
+    """How many patches are masked of every image, where that is known to be the same number."""
 
 
 class Views(Protocol):

@@ -7,7 +7,11 @@ from sslcli.config.views import Interpolation, Normalize
 from sslcli.seeds import F32
 from sslcli.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, Boxes, Colours
 
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 def resized_crop(image: Image.Image, box: Boxes, size: int, interpolation: Interpolation) -> Image.Image:

@@ -1,8 +1,11 @@
 """Crop and resize with antialiasing, as PIL does it: one image at a time on a CPU, or a batch by two matrix products.
 
-Both spread each output pixel over all source pixels it covers (triangle or cubic with a = -0.5, stretched by the
-scale), along the rows, rounded to whole grey levels, then along the columns. Pixels outside the crop do not contribute.
+Both spread each output pixel over all source pixels it covers (triangle, cubic with a = -0.5, or Lanczos of order 3,
+stretched by the scale), along the rows, rounded to whole grey levels, then along the columns. Pixels outside the crop
+do not contribute.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -109,9 +112,13 @@ def _weights(
     place = torch.arange(source, dtype=torch.float32, device=start.device) - start  # (B, 1, S), from the crop's edge
     stretch = scale.clamp_min(1.0)
     distance = (place + 0.5 - (out[..., None] + 0.5) * scale).abs_().div_(stretch)  # (B, s, S)
-    weights = (1 - distance).clamp_min_(0) if interpolation == "bilinear" else _cubic(distance)
+    weights = KERNELS[interpolation](distance)
     weights.mul_((place >= 0) & (place < length))
     return weights.div_(weights.sum(dim=2, keepdim=True)).div_(STEP).round_().mul_(STEP)
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    return (1 - distance).clamp_min_(0)
 
 
 def _cubic(distance: Tensor) -> Tensor:
@@ -125,3 +132,15 @@ def shorter_side(height: int, width: int, size: int) -> tuple[int, int]:
     """Height and width after resizing the shorter side to `size`; the longer side is rounded down."""
     longer = int(size * max(height, width) / min(height, width))
     return (longer, size) if width <= height else (size, longer)
+
+
+def _lanczos(distance: Tensor) -> Tensor:
+    """Sinc windowed by a sinc three times as wide (Duchon 1979)."""
+    return torch.where(distance < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0.0)
+
+
+KERNELS: dict[Interpolation, Callable[[Tensor], Tensor]] = {
+    "bilinear": _triangle,
+    "bicubic": _cubic,
+    "lanczos": _lanczos,
+}

@@ -11,7 +11,7 @@ def box(top: int, left: int, height: int, width: int, flip: bool = False) -> Box
     return Boxes(*(np.array([n]) for n in (top, left, height, width)), np.array([flip]))
 
 
-@pytest.mark.parametrize(("interpolation", "tolerance"), [("bilinear", 1), ("bicubic", 4)])
+@pytest.mark.parametrize(("interpolation", "tolerance"), [("bilinear", 1), ("bicubic", 4), ("lanczos", 6)])
 @pytest.mark.parametrize("shape", [(32, 32), (50, 90), (200, 150)])
 def test_the_batch_agrees_with_each_image_alone(photos, shape, interpolation, tolerance):
     images = photos(12, *shape)
@@ -23,7 +23,7 @@ def test_the_batch_agrees_with_each_image_alone(photos, shape, interpolation, to
     assert difference.mean() < 0.05
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 def test_matrix_products_give_the_same_bits_in_any_batch(photos, interpolation):
     planes = as_planes(torch.from_numpy(photos(33, 60, 70)))
     drawn = boxes(0, 0, 0, np.arange(33), CropGroup(), 60, 70)
@@ -33,7 +33,7 @@ def test_matrix_products_give_the_same_bits_in_any_batch(photos, interpolation):
         assert torch.equal(resize_by_bands(planes[:, row : row + 1], one, 24, interpolation)[0], together[row])
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 def test_pixels_outside_the_crop_do_not_contribute(photos, interpolation):
     image = photos(1, 40, 40)[0]
     other = 255 - image
@@ -64,7 +64,7 @@ def test_a_plain_colour_stays_that_colour():
     for level in (0, 1, 127, 254, 255):
         planes = torch.full((3, 2, 333, 77), float(level))
         where = Boxes(*(np.array(pair) for pair in ((0, 100), (0, 11), (333, 7), (77, 66))), np.array([False, True]))
-        for interpolation in ("bilinear", "bicubic"):
+        for interpolation in ("bilinear", "bicubic", "lanczos"):
             assert (resize_by_bands(planes, where, 32, interpolation) == level).all()
 
 

@@ -1,0 +1,80 @@
+"""One random crop with a mask, and where a target network wants it, the same crop once more."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sslcli.config.views import Interpolation, Masked, Normalize
+from sslcli.views import colour, reference
+from sslcli.views.kind import Seen
+from sslcli.views.masks import masks
+from sslcli.views.params import Boxes, Colours, Ints, boxes, colours
+from sslcli.views.resize import Pixels, resize_crop, resize_crops
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MaskedViews:
+    """What is handed on is the crop, the crop at the target's size if there is a target, and the mask."""
+
+    cfg: Masked
+    seed: int
+
+    def crop(self, image: Pixels, index: int, epoch: int) -> list[npt.NDArray[Any]]:
+        """The one crop (3, s, s) uint8, again (3, t, t) for a target, and a mask (N,) bool."""
+        box = self._boxes(_one(index), epoch, image.shape[:2])
+        crops = [resize_crop(image, box, 0, size, how) for size, how, _ in self._looks]
+        return [*crops, self._masks(_one(index), epoch)[0]]
+
+    def crop_batch(self, images: Tensor, index: Ints, epoch: int) -> list[Tensor]:
+        """`crop` of images of one size on one device, stacked."""
+        image_size = images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:]
+        box = self._boxes(index, epoch, image_size)
+        crops = [resize_crops(images, box, size, how) for size, how, _ in self._looks]
+        return [*crops, torch.from_numpy(self._masks(index, epoch)).to(images.device, non_blocking=True)]
+
+    def finish(self, crops: Sequence[Tensor], index: Ints, epoch: int) -> list[Tensor]:
+        """Recolour and standardise the crops, with equal draws: (B, 3, s, s) uint8 to float32; masks stay."""
+        *pixels, mask = crops
+        draws = colours(self.seed, epoch, 0, index, self.cfg.crop)
+        done = [colour.finish(crop, draws, units) for crop, (_, _, units) in zip(pixels, self._looks, strict=True)]
+        return [*done, mask]
+
+    def reference(self, image: Pixels, index: int, epoch: int) -> list[npt.NDArray[Any]]:
+        """The crops of one image as PIL and torchvision make them, each (3, s, s) float32, and its mask."""
+        box = self._boxes(_one(index), epoch, image.shape[:2])
+        draws: Colours = colours(self.seed, epoch, 0, _one(index), self.cfg.crop)
+        out: list[npt.NDArray[Any]] = []
+        for size, how, units in self._looks:
+            picture = reference.resized_crop(Image.fromarray(image), box, size, how)
+            out.append(reference.standardised(reference.recoloured(picture, draws), units))
+        return [*out, self._masks(_one(index), epoch)[0]]
+
+    def arrange(self, rendered: Sequence[Tensor], index: Ints, epoch: int) -> Seen:
+        """The first crop is the view, another one the target."""
+        view, *targets, mask = rendered
+        masked = self.cfg.mask.count(self.cfg.crop.size, self.cfg.patch)
+        return Seen([view], masks=mask, targets=targets, masked=masked)
+
+    @property
+    def _looks(self) -> list[tuple[int, Interpolation, Normalize]]:
+        """Size, filter and units of every rendering of the crop."""
+        crop, target = self.cfg.crop, self.cfg.target
+        first = (crop.size, crop.interpolation, self.cfg.normalize)
+        return [first] if target is None else [first, (target.size, target.interpolation, target.normalize)]
+
+    def _boxes(self, index: Ints, epoch: int, image_size: Sequence[int]) -> Boxes:
+        return boxes(self.seed, epoch, 0, index, self.cfg.crop, *image_size)
+
+    def _masks(self, index: Ints, epoch: int) -> npt.NDArray[np.bool_]:
+        return masks(self.cfg.mask, self.seed, epoch, index, self.cfg.crop.size, self.cfg.patch)
+
+
+def _one(index: int) -> Ints:
+    return np.array([index])
