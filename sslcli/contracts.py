@@ -118,6 +118,10 @@ class Backbone(nn.Module, ABC):
     """Side in pixels of the patches that a method may hide; 0 where the network has none."""
     patch_dim: int = 0
     """Length of the embedding of a patch."""
+    grid: int = 0
+    """Rows, and columns, of patches in the images that the network is made for."""
+    stride: int = 0
+    """Side in pixels of what one place of the last maps stands for."""
 
     @abstractmethod
     def maps(self, images: Tensor) -> Tensor:

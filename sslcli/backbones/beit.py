@@ -84,6 +84,8 @@ class BEiT(Backbone):
         self.dim = self.patch_dim = cfg.shape[0]
         self.pool = cfg.pool
         self.patch = cfg.patch
+        self.grid = cfg.image_size // cfg.patch
+        self.stride = cfg.patch
         self.image_size = cfg.image_size
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -169,8 +171,7 @@ class BEiT(Backbone):
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def _as_maps(self, tokens: Tensor) -> Tensor:
-        side = self.image_size // self.patch
-        return tokens[:, 1:].mT.reshape(len(tokens), -1, side, side)  # (B, D, h, w)
+        return tokens[:, 1:].mT.reshape(len(tokens), -1, self.grid, self.grid)  # (B, D, h, w)
 
 
 def beit_trunk(cfg: Config) -> "Trunk":

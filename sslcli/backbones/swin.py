@@ -101,6 +101,8 @@ class Swin(Backbone):
         self.positions = cfg.positions
         self.dim = self.trunk.num_features
         self.patch = cfg.patch
+        self.grid = cfg.image_size // cfg.patch
+        self.stride = cfg.patch * 2 ** (len(depths) - 1)
         self.patch_dim = width
         self.image_size = cfg.image_size
 

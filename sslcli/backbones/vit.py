@@ -23,7 +23,13 @@ from sslcli.nn.taps import check_taps
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer as Trunk
 
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
 """Width, blocks and attention heads (Touvron et al. 2021, table 1; Dosovitskiy et al. 2021, table 1)."""
 
 
@@ -31,8 +37,8 @@ class Config(BackboneConfig):
     """Vision transformer with a class token."""
 
     name: Literal["vit"] = "vit"
-    size: Literal["tiny", "small", "base", "large"] = "small"
-    """Width, blocks and heads: 192, 12, 3; 384, 12, 6; 768, 12, 12; 1024, 24, 16."""
+    size: Literal["tiny", "small", "base", "large", "huge"] = "small"
+    """Width, blocks and heads: 192, 12, 3; 384, 12, 6; 768, 12, 12; 1024, 24, 16; 1280, 32, 16."""
     width: Count | None = None
     """Length of a token, where it differs from the size's; blocks and heads are the size's unless given."""
     depth: Count | None = None
@@ -93,6 +99,8 @@ class ViT(Backbone):
         self.dim = width
         self.pool = cfg.pool
         self.patch = cfg.patch
+        self.grid = cfg.image_size // cfg.patch
+        self.stride = cfg.patch
         self.patch_dim = width
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -199,7 +207,10 @@ def init_(trunk: "Trunk", kind: Literal["normal", "mae", "mocov3"]) -> None:
                 blocks = 3 if kind == "mocov3" and name.endswith("qkv") else 1
                 uniform_(layer, wide_in + wide_out // blocks)
         projection = trunk.patch_embed.proj
+        bias = projection.bias.clone()
         uniform_(projection, projection.weight[0].numel() + projection.weight.shape[0])
+        if kind == "mae":  # the authors leave this bias as torch draws it
+            projection.bias.copy_(bias)
     assert trunk.cls_token is not None
     nn.init.normal_(trunk.cls_token, std=1e-6 if kind == "mocov3" else 0.02)
 

@@ -25,6 +25,8 @@ class ViewNeeds:
     kind: Literal["crops", "patches", "rotations", "masked"] = "crops"
     at_least: int = 2
     at_most: int | None = 2
+    even: bool = False
+    """Whether masks must hide the same number of patches in all images."""
 
 
 class MethodConfig(Settings):

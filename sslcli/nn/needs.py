@@ -1,6 +1,6 @@
 """What a method cannot do without, said before the first step."""
 
-from sslcli.contracts import RunFacts
+from sslcli.contracts import Backbone, RunFacts
 from sslcli.errors import UserError
 
 
@@ -14,4 +14,17 @@ def need_two_images(facts: RunFacts, method: str) -> None:
         raise UserError(
             f"`{method}` compares the images of a forward pass, which here holds only 1",
             hint="raise `data.batch_size`, or lower `run.accumulate`",
+        )
+
+
+def need_patches(backbone: Backbone, method: str) -> None:
+    """Make sure that a network begins with patches that can be hidden.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not backbone.patch:
+        raise UserError(
+            f"`{method}` hides patches, which a `{type(backbone).__name__}` does not have",
+            hint="use a vision transformer, e.g. `backbone: {name: vit}`",
         )

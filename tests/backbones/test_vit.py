@@ -103,7 +103,8 @@ def test_start_of_mae():
     assert net.trunk.blocks[0].mlp.fc1.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (5 * 192)), rel=0.01)
     assert net.trunk.patch_embed.proj.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (768 + 192)), rel=0.01)
     assert net.trunk.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
-    assert not any(layer.bias.any() for layer in (qkv, net.trunk.patch_embed.proj))
+    assert not qkv.bias.any()
+    assert net.trunk.patch_embed.proj.bias.abs().max().item() == pytest.approx(1 / math.sqrt(768), rel=0.05)
 
 
 def test_normal_start():
