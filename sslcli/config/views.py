@@ -270,7 +270,7 @@ class RandomMask(Settings):
     ratio: Fraction = 0.75
     """Share of the patches that are hidden; the number that stays visible is rounded down."""
 
-    def count(self, size: int, patch: int) -> int | None:
+    def count(self, size: int, patch: int) -> int:
         """How many patches are hidden of a crop of so many pixels."""
         patches = (size // patch) ** 2
         return patches - int(patches * (1 - self.ratio))
@@ -285,7 +285,7 @@ class GridMask(Settings):
     cell: Count = 32
     """Side of a cell in pixels, a multiple of the patch."""
 
-    def count(self, size: int, patch: int) -> int | None:
+    def count(self, size: int, patch: int) -> int:
         """How many patches are hidden of a crop of so many pixels."""
         return ceil((size // self.cell) ** 2 * self.ratio) * (self.cell // patch) ** 2
 
@@ -341,6 +341,11 @@ class Masked(ViewKind):
     def count(self) -> int:
         """One."""
         return self.crop.repeat
+
+    @property
+    def masked(self) -> int | None:
+        """How many patches are hidden of every image; None where that differs."""
+        return self.mask.count(self.crop.size, self.patch)
 
     @property
     def eval_view(self) -> EvalView:

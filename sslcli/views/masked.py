@@ -59,8 +59,7 @@ class MaskedViews:
     def arrange(self, rendered: Sequence[Tensor], index: Ints, epoch: int) -> Seen:
         """The first crop is the view, another one the target."""
         view, *targets, mask = rendered
-        masked = self.cfg.mask.count(self.cfg.crop.size, self.cfg.patch)
-        return Seen([view], masks=mask, targets=targets, masked=masked)
+        return Seen([view], masks=mask, targets=targets, masked=self.cfg.masked)
 
     @property
     def _looks(self) -> list[tuple[int, Interpolation, Normalize]]:

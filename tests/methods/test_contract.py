@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "byol": {"dim": 16, "hidden": 32},
     "densecl": {"queue": 64},
     "dino": {"prototypes": 32, "hidden": 32, "bottleneck": 16},
+    "mae": {"width": 16, "depth": 1, "heads": 2},
     "moco": {"queue": 64},
     "mocov3": {"dim": 16, "hidden": 32},
     "npid": {"negatives": 32},
@@ -33,7 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "triplet": {"hidden": 32, "dim": 16, "ranks": [2, 3], "online_size": [16, 32], "target_size": [24, 32]},
     "vicreg": {"dim": 24, "hidden": 32},
 }
-BACKBONES: dict[str, dict[str, Any]] = {}
+PATCH = 4
+VIT = {"name": "vit", "width": 16, "depth": 2, "heads": 2, "patch": PATCH, "image_size": 32}
+BACKBONES: dict[str, dict[str, Any]] = {"mae": VIT, "simmim": VIT}
 SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
 
 IMAGES, BATCH, SIZE = 64, 8, 32
@@ -66,10 +69,18 @@ def patches(needs: ViewNeeds, images: Tensor, generator: torch.Generator) -> Bat
     return Batch(views=[patch for row in rows for patch in row], index=torch.arange(len(images)))
 
 
+def masked(needs: ViewNeeds, images: Tensor, generator: torch.Generator) -> Batch:
+    patches = (SIZE // PATCH) ** 2
+    masks = torch.rand(len(images), patches, generator=generator).argsort(dim=1) >= patches // 4
+    target = torch.nn.functional.interpolate(images, scale_factor=0.5).sigmoid()  # values in [0, 1]
+    return Batch([images], torch.arange(len(images)), masks=masks, masked=patches * 3 // 4, targets=[target])
+
+
 KINDS: dict[str, Callable[[ViewNeeds, Tensor, torch.Generator], Batch]] = {
     "crops": crops,
     "rotations": rotations,
     "patches": patches,
+    "masked": masked,
 }
 
 
@@ -83,6 +94,7 @@ def batch_of(method: Method[Any], step: int) -> Batch:
         views=[view.chunk(world)[rank] for view in whole.views],
         index=whole.index.chunk(world)[rank],
         masks=None if whole.masks is None else whole.masks.chunk(world)[rank],
+        masked=whole.masked,
         targets=[target.chunk(world)[rank] for target in whole.targets],
     )
 

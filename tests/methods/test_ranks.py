@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 
 from sslcli import dist
-from sslcli.backbones import resnet
 from sslcli.config import choice
-from sslcli.contracts import Batch, Method, Progress, RunFacts
+from sslcli.contracts import Backbone, Batch, Method, Progress, RunFacts
 from sslcli.nn.norm import group_batch_norm
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "barlowtwins": {"dim": 12, "hidden": 16},
     "byol": {"dim": 8, "hidden": 16},
+    "mae": {"width": 16, "depth": 1, "heads": 2},
     "mocov3": {"dim": 8, "hidden": 16},
     "relative_loc": {"hidden": 16, "dropout": 0.0},
     "rotation": {},
     "simclr": {"dim": 8},
+    "simmim": {},
     "simsiam": {"dim": 16, "bottleneck": 8},
     "vicreg": {"dim": 12, "hidden": 16},
 }
+VIT = {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4, "image_size": 16}
+BACKBONES: dict[str, dict[str, Any]] = {"mae": VIT, "simmim": VIT}
+SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
 BATCH = 16
 STEPS = 3
 
@@ -33,12 +37,23 @@ STEPS = 3
 def build(name: str) -> Method[Any]:
     torch.manual_seed(0)
     cfg = choice.module("sslcli.methods", name).Config(**SETTINGS[name])
-    backbone = resnet.build(resnet.Config(depth=10, width=4, stem="small"))
+    small = BACKBONES.get(name, SMALL)
+    look = choice.module("sslcli.backbones", small["name"]).Config(**small)
+    backbone: Backbone = choice.build("sslcli.backbones", look)(look)
     facts = RunFacts(images=64, batch_size=BATCH, part_size=BATCH, steps_per_epoch=4, total_steps=8)
     method: Method[Any] = choice.build("sslcli.methods", cfg)(cfg, backbone, facts)
     method.copy_student()
     group_batch_norm(method, local=BATCH // dist.world(), group="global")
     return method.double()
+
+
+def batch_of(method: Method[Any], generator: torch.Generator) -> Batch:
+    """Two views of random images, or one with as many masked patches in each."""
+    views = torch.randn(2, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
+    if method.cfg.views.kind == "masked":
+        masks = torch.rand(BATCH, 16, generator=generator).argsort(dim=1) >= 4
+        return Batch(views=[views[0]], index=torch.arange(BATCH), masks=masks)
+    return Batch(views=list(views), index=torch.arange(BATCH))
 
 
 def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -55,7 +70,7 @@ def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         mine = views.chunk(dist.world(), dim=1)[dist.rank()]
         at = Progress(step=step, total=8, steps_per_epoch=4, seed=0)
         optimizer.zero_grad()
-        result = wrapped(Batch(views=list(mine), index=torch.arange(mine.shape[1])), at)
+        result = wrapped(batch, at)
         result.loss.backward()
         losses.append(dist.mean(result.loss))
         gradients = gradients or {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}

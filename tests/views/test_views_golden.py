@@ -75,6 +75,22 @@ def test_resized_crop(recorded, name, interpolation, mirrored):
     assert largest(np.asarray(seen).transpose(2, 0, 1), want) <= other_pillow
 
 
+@pytest.mark.parametrize("name", ["bicubic_lanczos", "bilinear_lanczos"])
+def test_a_crop_at_two_sizes(recorded, name):
+    """The views of CAE: the network's, and half as large with another filter for the tokenizer."""
+    case = recorded(f"twopic_{name}")
+    top, left, height, width = (np.array([edge]) for edge in case["i_j_h_w"])
+    box = Boxes(top, left, height, width, np.array([False]))
+    for wanted, how in ((case["out1"], name.split("_")[0]), (case["out2"], "lanczos")):
+        want, size = wanted.transpose(2, 0, 1), len(wanted)
+        tolerance, other_pillow = (1, 2) if how == "bilinear" else (6, 7)
+        assert largest(resize_crop(case["image"], box, 0, size, how), want) <= tolerance
+        batched = resize_by_bands(as_planes(torch.from_numpy(case["image"])[None]), box, size, how)
+        assert largest(batched[0].numpy(), want) <= tolerance
+        seen = reference.resized_crop(Image.fromarray(case["image"]), box, size, how)
+        assert largest(np.asarray(seen).transpose(2, 0, 1), want) <= other_pillow
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", ["h97w130", "odd", "pad"])
 def test_resize_and_centre_crop(recorded, name, interpolation):

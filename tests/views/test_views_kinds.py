@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from sslcli.config.views import CropGroup, Crops, Jitter, Patches, Rotations
+from sslcli.config.views import (
+    BlockMask,
+    CropGroup,
+    Crops,
+    GridMask,
+    Jitter,
+    Masked,
+    Patches,
+    Rotations,
+    SecondLook,
+)
 from sslcli.views import Seen, build
 from sslcli.views.resize import as_planes
 
@@ -15,6 +25,14 @@ KINDS = {
     "crops": Crops(groups=(CropGroup(repeat=2, size=48, jitter=JITTER),)),
     "rotations": Rotations(crop=CropGroup(size=48, jitter=JITTER, grey=0.3)),
     "patches": Patches(resize=110, size=99, gap=2, jitter=8, grey=0.5),
+    "masked": Masked(crop=CropGroup(size=48, interpolation="bicubic"), patch=8),
+    "masked, grid": Masked(crop=CropGroup(size=48, jitter=JITTER), patch=4, mask=GridMask(cell=12)),
+    "masked, target": Masked(
+        crop=CropGroup(size=48, interpolation="bicubic"),
+        patch=8,
+        mask=BlockMask(patches=18, least=4, exact=True),
+        target=SecondLook(size=24),
+    ),
 }
 every_kind = pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())
 
@@ -84,8 +102,30 @@ def test_a_miniature_is_of_the_same_kind_and_small(cfg):
     small = type(cfg).model_validate(cfg.shrunk(32).model_dump(mode="json"))
     assert small.count == cfg.count
     image = np.zeros((32, 32, 3), dtype=np.uint8)
-    assert all(max(part.shape) <= 32 for part in build(small, 0).crop(image, 0, 0))
+    assert all(max(part.shape) <= 32 for part in build(small, 0).crop(image, 0, 0) if part.ndim == 3)
     assert small.eval_view.size <= 32
+
+
+@pytest.mark.parametrize("name", ["masked", "masked, grid", "masked, target"])
+def test_masks_and_targets_belong_to_the_image(photos, name):
+    cfg = KINDS[name]
+    views, images, index = build(cfg, 4), photos(6, 120, 140), np.arange(6)
+    whole, part = seen(views, images, index, 2), seen(views, images[2:], index[2:], 2)
+    slow, other = seen_slowly(views, images, index, 2), seen(views, images, index, 3)
+    assert torch.equal(part.masks, whole.masks[2:])
+    assert torch.equal(slow.masks, whole.masks)
+    assert not torch.equal(other.masks, whole.masks)
+    assert whole.masks.shape == (6, (48 // cfg.patch) ** 2)
+    assert whole.masks.dtype == torch.bool
+    assert whole.masks.sum(dim=1).tolist() == [whole.masked] * 6
+    assert len(whole.targets) == len(slow.targets) == (cfg.target is not None)
+    for target, slowly in zip(whole.targets, slow.targets, strict=True):
+        assert target.shape == (6, 3, 24, 24)
+        assert 0 <= target.min() <= target.max() <= 1
+        assert ((target - slowly).abs() * 255).mean() < 0.2
+        halved = torch.nn.functional.interpolate(whole.views[0], (24, 24), mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (cfg.normalize.mean, cfg.normalize.std))
+        assert (halved * std + mean - target).abs().mean() < 0.02
 
 
 def test_patches_by_matrix_products_equal_those_of_a_worker(photos):
@@ -131,6 +171,10 @@ def test_patches_keep_their_distance_and_use_all_of_their_room():
         (Patches, {"size": 300}, "does not fit into an image resized to 292"),
         (Patches, {"jitter": 85}, "leave nothing of a cell of 85 pixels"),
         (Rotations, {"crop": {"repeat": 2}}, "one crop is turned four times"),
+        (Masked, {"crop": {"repeat": 2}}, "one crop of each image is masked"),
+        (Masked, {"crop": {"size": 100}}, r"`patch` must divide `crop.size` \(got 16 and 100\)"),
+        (Masked, {"crop": {}, "mask": {"name": "grid", "cell": 24}}, "`mask.cell` must be a multiple of `patch` 16"),
+        (Masked, {"crop": {}, "mask": {"name": "blocks", "patches": 196}}, "less than the 196 patches of an image"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(kind, settings, message):
