@@ -48,12 +48,11 @@ def build(name: str) -> Method[Any]:
 
 
 def batch_of(method: Method[Any], generator: torch.Generator) -> Batch:
-    """Two views of random images, or one with as many masked patches in each."""
-    views = torch.randn(2, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
-    if method.cfg.views.kind == "masked":
-        masks = torch.rand(BATCH, 16, generator=generator).argsort(dim=1) >= 4
-        return Batch(views=[views[0]], index=torch.arange(BATCH), masks=masks)
-    return Batch(views=list(views), index=torch.arange(BATCH))
+    """Views of random images; for masked views, with as many masked patches in each."""
+    count, kind = method.cfg.views.at_least, method.cfg.views.kind
+    views = torch.randn(count, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
+    masks = torch.rand(BATCH, 16, generator=generator).argsort(dim=1) >= 4 if kind == "masked" else None
+    return Batch(views=list(views), index=torch.arange(BATCH), masks=masks)
 
 
 def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -65,9 +64,11 @@ def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        count = method.cfg.views.at_least
-        views = torch.randn(count, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
-        mine = views.chunk(dist.world(), dim=1)[dist.rank()]
+        whole = batch_of(method, generator)
+        share = BATCH // dist.world()
+        mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
+        masks = None if whole.masks is None else whole.masks[mine]
+        batch = Batch(views=[view[mine] for view in whole.views], index=whole.index[mine], masks=masks)
         at = Progress(step=step, total=8, steps_per_epoch=4, seed=0)
         optimizer.zero_grad()
         result = wrapped(batch, at)
