@@ -223,6 +223,13 @@ class Method(nn.Module, ABC, Generic[C]):
         """
         return {}
 
+    def reconstruction(self, images: Tensor, masks: Tensor) -> Tensor | None:
+        """The images (B, 3, H, W) as the method paints them, in the units it gets them; None if it does not paint.
+
+        Called in evaluation mode, without gradient; masks (B, N) bool are True where it has not seen a patch.
+        """
+        return None
+
     def exported(self) -> Backbone:
         """The network worth keeping."""
         return self.backbone

@@ -1,4 +1,4 @@
-"""ssl show: pictures of what a network sees and of what it finds alike."""
+"""ssl show: pictures of what a network sees, of what it finds alike, and of what it paints."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="show",
-    help="Pictures of views and clusters.",
+    help="Pictures of views, clusters and reconstructions.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -89,6 +89,19 @@ def clusters(
         view = weights.manifest.view
         sheet = made.clusters_page(found, source, view, rows=rows, columns=images, pick=pick, seed=seed)
     _written(sheet, out)
+
+
+@app.command()
+def reconstruction(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or one of its checkpoints.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    out: Out,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which patches are hidden.")] = 0,
+) -> None:
+    """Draw images with patches hidden as in training, what a masked-image method paints there, and the originals."""
+    from sslcli.features.reconstruct import reconstruction_page
+
+    _written(reconstruction_page(run, images, seed=seed), out)
 
 
 def _written(sheet: "Image.Image", out: Path) -> None:

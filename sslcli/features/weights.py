@@ -296,7 +296,12 @@ def _of_run(run: Path, *, allow_partial: bool) -> Weights:
     return _of_checkpoint(checkpoint.newest(run))
 
 
-def _of_checkpoint(path: Path) -> Weights:
+def method_at(path: Path) -> tuple[Method[Any], PretrainPreset, checkpoint.State]:
+    """The whole method of a checkpoint, its preset, and what else the checkpoint holds.
+
+    Raises:
+        WeightsError: the file is missing, damaged or not ours.
+    """
     if path.is_file() and not _begins_like_zip(path):
         raise WeightsError(
             f"`{path}` is neither a checkpoint of ssl nor a safetensors file: it is empty, damaged or another tool's",
@@ -315,6 +320,11 @@ def _of_checkpoint(path: Path) -> Weights:
         method.load_state_dict(state["method"])
     except RuntimeError as error:
         raise WeightsError(f"`{path}` does not fit the network its preset describes: {_first(error)}") from error
+    return method, preset, state
+
+
+def _of_checkpoint(path: Path) -> Weights:
+    method, preset, state = method_at(path)
     backbone = _at_rest(method.exported())
     tensors = _tensors(backbone)
     _check_finite(tensors, path)

@@ -13,7 +13,7 @@ from sslcli.config.base import MethodConfig, ViewNeeds
 from sslcli.config.types import Count
 from sslcli.contracts import Backbone, Batch, Method, Progress, RunFacts, StepResult
 from sslcli.nn.needs import need_patches
-from sslcli.nn.patches import fits, patches_of, visible_and_masked
+from sslcli.nn.patches import fits, images_of, patches_of, visible_and_masked
 from sslcli.nn.positions import sincos_positions
 from sslcli.nn.precision import widen
 
@@ -87,6 +87,14 @@ class MAE(Method[Config]):
         x = torch.cat([cls, full], dim=1) + self.decoder_pos_embed  # (B, 1 + N, D)
         painted: Tensor = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
         return painted
+
+    def reconstruction(self, images: Tensor, masks: Tensor) -> Tensor:
+        """What the decoder paints; the mean and deviation of a standardised patch are taken from the image itself."""
+        side, painted = self.backbone.patch, widen(self.painted(images, masks))
+        if self.cfg.normalized:
+            mean, deviation = moments(patches_of(images, side))
+            painted = painted * deviation + mean
+        return images_of(painted, side, *images.shape[2:])
 
 
 def xavier_(layer: nn.Module) -> None:

@@ -53,6 +53,10 @@ class SimMIM(Method[Config]):
         painted: Tensor = self.decoder(self.backbone.masked_maps(images, masks, self.mask_token[0, 0]))
         return painted
 
+    def reconstruction(self, images: Tensor, masks: Tensor) -> Tensor:
+        """What is painted."""
+        return widen(self.painted(images, masks))
+
 
 def painting_loss(painted: Tensor, images: Tensor, masks: Tensor) -> Tensor:
     """Sum of |painted - image| over the masked pixels and colours, over 3 (masked pixels + 1e-5) (section 3.4).

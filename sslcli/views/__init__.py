@@ -3,6 +3,7 @@
 from sslcli.views.build import build, build_eval
 from sslcli.views.evaluation import EvalLook
 from sslcli.views.kind import Seen, Views
-from sslcli.views.picture import page, picture, rows_of
+from sslcli.views.masks import draw_masks
+from sslcli.views.picture import hidden, page, picture, rows_of
 
-__all__ = ["EvalLook", "Seen", "Views", "build", "build_eval", "page", "picture", "rows_of"]
+__all__ = ["EvalLook", "Seen", "Views", "build", "build_eval", "draw_masks", "hidden", "page", "picture", "rows_of"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from sslcli.config.views import Interpolation, Masked, Normalize
 from sslcli.views import colour, reference
 from sslcli.views.kind import Seen
-from sslcli.views.masks import masks
+from sslcli.views.masks import draw_masks
 from sslcli.views.params import Boxes, Colours, Ints, boxes, colours
 from sslcli.views.resize import Pixels, resize_crop, resize_crops
 
@@ -72,7 +72,7 @@ class MaskedViews:
         return boxes(self.seed, epoch, 0, index, self.cfg.crop, *image_size)
 
     def _masks(self, index: Ints, epoch: int) -> npt.NDArray[np.bool_]:
-        return masks(self.cfg.mask, self.seed, epoch, index, self.cfg.crop.size, self.cfg.patch)
+        return draw_masks(self.cfg.mask, self.seed, epoch, index, self.cfg.crop.size, self.cfg.patch)
 
 
 def _one(index: int) -> Ints:

@@ -1,6 +1,6 @@
 """Which patches are hidden? Masks as arrays over images, drawn by name and counter.
 
-The generators are pure functions of the random numbers that they are given; `masks` gives them numbers that depend on
+The generators are pure functions of the random numbers that they are given; `draw_masks` gives them numbers that depend on
 the run's seed, the epoch and the image's index, never on which images share its batch or which process asks.
 """
 
@@ -18,7 +18,7 @@ ATTEMPTS = 10
 """Tries at placing a block before it is given up."""
 
 
-def masks(cfg: AnyMask, seed: int, epoch: int, index: Ints, side: int, patch: int) -> Bools:
+def draw_masks(cfg: AnyMask, seed: int, epoch: int, index: Ints, side: int, patch: int) -> Bools:
     """Masks (B, N) of images `index` (B,), True where a patch is hidden.
 
     Args:

@@ -121,3 +121,52 @@ def test_a_skip_list(tmp_path):
         without(whole, path)
     with pytest.raises(DataError, match="cannot read skip list"):
         without(whole, tmp_path / "none.txt")
+
+
+@pytest.fixture(scope="module")
+def painters(tmp_path_factory):
+    """Run folders of a MAE, a SimMIM, and a SimCLR that has not been asked to paint, and two image files."""
+    from sslcli.engine.pretrain import pretrain
+
+    folder = tmp_path_factory.mktemp("painters")
+    small = ("run.steps=2", "run.epochs=null", "run.tensorboard=false", "run.views=fast", "data.batch_size=20",
+             "run.monitor=null")  # fmt: skip
+    nets = {
+        "mae-cifar10-cpu": ("backbone.width=16", "backbone.heads=2", "backbone.depth=1", "method.width=16",
+                            "method.heads=2"),
+        "simmim-cifar10-cpu": ("backbone.width=16", "backbone.heads=2", "backbone.depth=1"),
+        "simclr-cifar10-cpu": ("backbone.width=4",),
+    }  # fmt: skip
+    for name, net in nets.items():
+        pretrain(load("pretrain", name, small + net, DIGITS).preset, folder / name)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 50, 40, 3), dtype=np.uint8)
+    for number, image in enumerate(noise):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mae-cifar10-cpu", "simmim-cifar10-cpu"])
+def test_reconstruction(painters, name):
+    out = painters / f"{name}.png"
+    words = ("show", "reconstruction", painters / name, painters / "0.png", painters / "1.png", "--out", out)
+    assert ran(*words).stdout == f"{out}\n"
+    sheet = pixels(out)
+    assert sheet.shape == (16 + 6 + 3 * 118, 84 + 2 * 118, 3)
+    masked, painted, original = (sheet[22 + row * 118 :][:112, 84:196].astype(int) for row in range(3))
+    hidden = (masked != original).any(axis=2)
+    assert 0.4 < hidden.mean() < 0.8
+    assert (painted == original).all(axis=2)[~hidden].all()  # what was seen stays
+    assert (painted != masked).any(axis=2)[hidden].mean() > 0.5
+    ran(*words)
+    np.testing.assert_array_equal(pixels(out), sheet)
+    ran(*words, "--seed", 1)
+    assert (pixels(out) != sheet).any()
+
+
+def test_only_painters_paint(painters):
+    words = ["show", "reconstruction", str(painters / "simclr-cifar10-cpu"), str(painters / "0.png"), "--out", "x.png"]
+    with pytest.raises(UserError, match="the method `simclr` paints no images"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    words[2:4] = [str(painters / "mae-cifar10-cpu"), str(painters / "none.png")]
+    with pytest.raises(DataError, match="cannot read the image"):
+        CliRunner().invoke(app, words, catch_exceptions=False)

@@ -188,3 +188,12 @@ def test_a_painting_is_worth_one_at_first():
     masks = torch.from_numpy(random_masks(np.random.default_rng(0).random((4, 16)), 0.75))
     loss = painting_loss(torch.zeros(4, 16, 192), images, masks, normalized=True)
     assert math.isclose(loss, 191 / 192, rel_tol=1e-4)
+
+
+def test_a_perfect_painting_is_the_image(monkeypatch):
+    method = build({**TINY, "width": 16, "depth": 1, "heads": 2}, width=16, depth=1, heads=2)
+    images = torch.randn(2, 3, 16, 16)
+    patches = patches_of(images, 4)
+    mean, deviation = mae.moments(patches)
+    monkeypatch.setattr(method, "painted", lambda images, masks: (patches - mean) / deviation)
+    torch.testing.assert_close(method.reconstruction(images, torch.ones(2, 16, dtype=torch.bool)), images)

@@ -150,3 +150,58 @@ def seventy_epochs_in_steps(preset: PretrainPreset) -> None:
     assert preset.schedule.warmup is not None
     said(preset.schedule.warmup, epochs=5.0, start=0.1, shape="linear", by="step", subtract=False)
     assert preset.run.epochs == 70
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patch", "epochs"),
+    [
+        ("mae-vitb16-300e", "base", 16, 300),
+        ("mae-vitb16-400e", "base", 16, 400),
+        ("mae-vitb16-800e", "base", 16, 800),
+        ("mae-vitb16-1600e", "base", 16, 1600),
+        ("mae-vitl16-800e", "large", 16, 800),
+        ("mae-vitl16-1600e", "large", 16, 1600),
+        ("mae-vith14-1600e", "huge", 14, 1600),
+    ],
+)
+def test_mae(name, size, patch, epochs):
+    preset = preset_of(name)
+    said(preset.method, name="mae", width=512, depth=8, heads=16, normalized=True, positions_first="column")
+    said(preset.views, name="masked", patch=patch, mask={"name": "random", "ratio": 0.75}, target=None)
+    said(preset.views.crop, size=224, scale=[0.2, 1.0], ratio=[3 / 4, 4 / 3], interpolation="bicubic", flip=0.5)
+    said(preset.views.crop, jitter=None, grey=0.0, blur=None, solarize=None)
+    said(preset.backbone, name="vit", size=size, patch=patch, image_size=224, init="mae", drop_path=0.0, pool="cls")
+    said(preset.backbone, positions="sincos", sincos_first="column", freeze_patch_embed=False)
+    said(preset.optim, name="adamw", betas=[0.9, 0.95], weight_decay=0.05)
+    assert preset.optim.effective_lr(4096) == 2.4e-3
+    said(preset.schedule, name="cosine", by="step", end=0.0)
+    said(preset.schedule.warmup, epochs=40, start=0.0, shape="linear", by="step", subtract=True)
+    said(preset.run, epochs=epochs, clip=None)
+    said(preset.data, batch_size=4096, drop_last=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "epochs"),
+    [("simmim-swinb-192-100e", 2e-4, 100), ("simmim-swinb-192-800e", 1e-4, 800), ("simmim-swinl-192-800e", 1e-4, 800),
+     ("simmim-vitb16-800e", 1e-4, 800)],
+)  # fmt: skip
+def test_simmim(name, lr, epochs):
+    preset, vit = preset_of(name), "vit" in name
+    said(preset.method, name="simmim")
+    side = 224 if vit else 192
+    said(preset.views, patch=16 if vit else 4, mask={"name": "grid", "ratio": 0.6, "cell": 32})
+    said(preset.views.crop, size=side, scale=[0.67, 1.0], ratio=[3 / 4, 4 / 3], interpolation="bilinear", flip=0.5)
+    if vit:
+        said(preset.backbone, name="beit", size="base", bias="shared", positions="none", layer_scale=0.1, drop_path=0.1)
+    else:
+        large = "swinl" in name
+        said(preset.backbone, name="swin", size="large" if large else "base", window=12 if large else 6, patch=4)
+        said(preset.backbone, image_size=192, drop_path=0.0, positions="none")
+    said(preset.optim, name="adamw", lr=lr, per=512, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.05)
+    said(preset.schedule.warmup, epochs=10, start=0.005, shape="linear", by="step", subtract=False)
+    if epochs == 100:
+        said(preset.schedule, name="cosine", by="step", end=0.05)
+    else:
+        said(preset.schedule, name="step", at=[700], gamma=0.1)
+    said(preset.run, epochs=epochs, clip=5.0)
+    said(preset.data, batch_size=2048)

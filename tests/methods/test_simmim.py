@@ -26,7 +26,9 @@ def ours(key: str) -> str:
     if key.startswith(("mask_token", "decoder")):
         return key
     merging = re.fullmatch(r"layers\.(\d+)\.downsample\.(.*)", key)
-    return f"backbone.trunk.layers.{int(merging[1]) + 1}.downsample.{merging[2]}" if merging else f"backbone.trunk.{key}"
+    return (
+        f"backbone.trunk.layers.{int(merging[1]) + 1}.downsample.{merging[2]}" if merging else f"backbone.trunk.{key}"
+    )
 
 
 @pytest.mark.golden

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sslcli.config.views import BlockMask, GridMask, RandomMask
-from sslcli.views.masks import block_mask, grid_masks, masks, random_masks, ranks
+from sslcli.views.masks import block_mask, draw_masks, grid_masks, random_masks, ranks
 
 MAE = [f"random_masking_{name}" for name in (
     "n1_l16_r000", "n2_l10_r075", "n2_l16_r075", "n2_l100_r090_fpfloor", "n3_l49_r060", "n4_l196_r075",
@@ -99,25 +99,25 @@ KINDS = [RandomMask(), GridMask(cell=8), BlockMask(patches=30, least=4, exact=Tr
 
 @pytest.mark.parametrize("cfg", KINDS, ids=["random", "grid", "exact", "blocks"])
 def test_a_mask_is_a_function_of_seed_epoch_and_image(cfg):
-    together = masks(cfg, 7, 2, np.arange(40), 32, 4)
+    together = draw_masks(cfg, 7, 2, np.arange(40), 32, 4)
     assert together.shape == (40, 64)
     for image in (0, 39):
-        np.testing.assert_array_equal(masks(cfg, 7, 2, np.array([image]), 32, 4)[0], together[image])
-    np.testing.assert_array_equal(masks(cfg, 7, 2, np.arange(40)[::-1], 32, 4), together[::-1])
-    others = [together, masks(cfg, 8, 2, np.arange(40), 32, 4), masks(cfg, 7, 3, np.arange(40), 32, 4)]
+        np.testing.assert_array_equal(draw_masks(cfg, 7, 2, np.array([image]), 32, 4)[0], together[image])
+    np.testing.assert_array_equal(draw_masks(cfg, 7, 2, np.arange(40)[::-1], 32, 4), together[::-1])
+    others = [together, draw_masks(cfg, 8, 2, np.arange(40), 32, 4), draw_masks(cfg, 7, 3, np.arange(40), 32, 4)]
     assert len({row.tobytes() for each in others for row in each}) > 100
     counts = set(together.sum(axis=1).tolist())
     assert counts == {cfg.count(32, 4)} if cfg.count(32, 4) is not None else len(counts) > 1
 
 
 def test_how_many_are_hidden_and_where():
-    drawn = masks(RandomMask(), 0, 0, np.arange(2000), 32, 4)
+    drawn = draw_masks(RandomMask(), 0, 0, np.arange(2000), 32, 4)
     assert set(drawn.sum(axis=1)) == {48}
     np.testing.assert_allclose(drawn.mean(axis=0), 0.75, atol=0.05)
-    drawn = masks(GridMask(), 0, 0, np.arange(2000), 192, 4)
+    drawn = draw_masks(GridMask(), 0, 0, np.arange(2000), 192, 4)
     assert set(drawn.sum(axis=1)) == {22 * 64}
     cells = drawn.reshape(-1, 6, 8, 6, 8)
     assert (cells == cells[:, :, :1, :, :1]).all()
     np.testing.assert_allclose(cells[:, :, 0, :, 0].mean(axis=0), 22 / 36, atol=0.05)
-    assert set(masks(BlockMask(exact=True), 0, 0, np.arange(50), 224, 16).sum(axis=1)) == {75}
-    assert max(masks(BlockMask(), 0, 0, np.arange(50), 224, 16).sum(axis=1)) == 75
+    assert set(draw_masks(BlockMask(exact=True), 0, 0, np.arange(50), 224, 16).sum(axis=1)) == {75}
+    assert max(draw_masks(BlockMask(), 0, 0, np.arange(50), 224, 16).sum(axis=1)) == 75
