@@ -161,7 +161,7 @@ class BEiT(Backbone):
         bias = None if self.trunk.rel_pos_bias is None else self.trunk.rel_pos_bias()
         for block in self.trunk.blocks:
             if self.trunk.grad_checkpointing:
-                tokens = checkpoint(block, tokens, shared_rel_pos_bias=bias, use_reentrant=False)  # type: ignore[assignment]
+                tokens = checkpoint(block, tokens, shared_rel_pos_bias=bias, use_reentrant=False)
             else:
                 tokens = block(tokens, shared_rel_pos_bias=bias)
         normed: Tensor = self.trunk.norm(tokens)

@@ -96,7 +96,7 @@ class Swin(Backbone):
             num_classes=0,
         )
         if cfg.positions == "learned":
-            places = torch.empty(1, self.trunk.patch_embed.num_patches, width)
+            places = torch.empty(1, (cfg.image_size // cfg.patch) ** 2, width)
             self.trunk.absolute_pos_embed = nn.Parameter(nn.init.trunc_normal_(places, std=0.02))
         self.positions = cfg.positions
         self.dim = self.trunk.num_features
@@ -142,7 +142,8 @@ class Swin(Backbone):
         height, width = images.shape[2:]
         if height != self.image_size or width != self.image_size:
             raise UserError(
-                f"images of {height} x {width} pixels do not fit windows made for {self.image_size} x {self.image_size}",
+                f"images of {height} x {width} pixels do not fit windows made for "
+                f"{self.image_size} x {self.image_size}",
                 hint="set `backbone.image_size` to the size of the crops",
             )
         patches: Tensor = self.trunk.patch_embed(images)

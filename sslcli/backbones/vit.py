@@ -152,9 +152,9 @@ class ViT(Backbone):
         from timm.models import checkpoint_seq
 
         trunk = self.trunk
-        if trunk.grad_checkpointing:
-            return trunk.norm(checkpoint_seq(trunk.blocks, tokens))
-        return trunk.norm(trunk.blocks(tokens))
+        last: Tensor = checkpoint_seq(trunk.blocks, tokens) if trunk.grad_checkpointing else trunk.blocks(tokens)
+        normed: Tensor = trunk.norm(last)
+        return normed
 
     def _pooled(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)

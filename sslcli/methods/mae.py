@@ -3,7 +3,6 @@
 He et al. 2022, https://arxiv.org/abs/2111.06377.
 """
 
-from functools import partial
 from typing import ClassVar, Literal, final
 
 import torch
@@ -46,16 +45,16 @@ class MAE(Method[Config]):
 
     def __init__(self, cfg: Config, backbone: Backbone, facts: RunFacts) -> None:
         super().__init__(cfg, backbone, facts)
+        from timm.layers.norm import LayerNorm
         from timm.models.vision_transformer import Block
 
         need_patches(backbone, "mae")
-        norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_embed = nn.Linear(backbone.dim, cfg.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, cfg.width))
         self.decoder_blocks = nn.Sequential(
-            *(Block(cfg.width, cfg.heads, qkv_bias=True, norm_layer=norm) for _ in range(cfg.depth))
+            *(Block(cfg.width, cfg.heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(cfg.depth))
         )
-        self.decoder_norm = norm(cfg.width)
+        self.decoder_norm = LayerNorm(cfg.width)
         self.decoder_pred = nn.Linear(cfg.width, backbone.patch**2 * 3)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(xavier_)

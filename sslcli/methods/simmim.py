@@ -72,7 +72,8 @@ def painting_loss(painted: Tensor, images: Tensor, masks: Tensor) -> Tensor:
     weights = as_pixels(masks.to(painted.dtype), side, *images.shape[2:])  # (B, 1, H, W)
     errors = (painted - images).abs() * weights
     count = masks.sum() * side**2  # whole: what is added below comes in single precision, as the authors have it
-    return errors.sum() / (count + EPS) / images.shape[1]
+    loss: Tensor = errors.sum() / (count + EPS) / images.shape[1]
+    return loss
 
 
 build = SimMIM

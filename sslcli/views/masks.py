@@ -1,7 +1,7 @@
 """Which patches are hidden? Masks as arrays over images, drawn by name and counter.
 
-The generators are pure functions of the random numbers that they are given; `draw_masks` gives them numbers that depend on
-the run's seed, the epoch and the image's index, never on which images share its batch or which process asks.
+The generators are pure functions of the random numbers that they are given; `draw_masks` gives them numbers that depend
+on the run's seed, the epoch and the image's index, never on which images share its batch or which process asks.
 """
 
 import math
@@ -39,7 +39,7 @@ def draw_masks(cfg: AnyMask, seed: int, epoch: int, index: Ints, side: int, patc
         case BlockMask():
             drawn = [
                 block_mask(
-                    Random(seed_of(seed, "views", epoch, "mask", int(image))),  # noqa: S311
+                    Random(seed_of(seed, "views", epoch, "mask", int(image))),
                     across,
                     across,
                     count=cfg.patches,
