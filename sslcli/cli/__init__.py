@@ -10,6 +10,7 @@ import typer
 from sslcli import __version__
 from sslcli.cli import (
     bench,
+    data,
     demo,
     doctor,
     evaluate,
@@ -59,6 +60,7 @@ app.add_typer(evaluate.app, name="eval")
 app.command("knn", hidden=True)(evaluate.knn)
 app.command("demo")(demo.demo)
 app.add_typer(presets.app, name="presets")
+app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(show.app, name="show")
 app.add_typer(verify.app, name="verify")

@@ -12,6 +12,8 @@ from sslcli.config.types import Count, Fraction, Index, Operational
 class _Files(Settings):
     on_error: Literal["skip", "stop"] = "skip"
     """An unreadable image is skipped, counted and written to the skip list, or stops the job."""
+    skip: Path | None = None
+    """List of images to leave out, one name a line, as `ssl data check` writes it."""
 
 
 class Folder(_Files):
@@ -32,6 +34,16 @@ class FileList(_Files):
     """The text file."""
     root: Path | None = None
     """Folder that relative paths start from; the list's own folder when absent."""
+
+
+class Packed(_Files):
+    """Images that `ssl data pack` has stored: read by number, without opening a file for each."""
+
+    name: Literal["packed"] = "packed"
+    path: str
+    """The folder, or where a copy of it is served: a URL that fsspec understands (s3://…, https://…)."""
+    cache: Path | None = None
+    """With a URL: folder that keeps whole shards once they have been needed; when absent, each image is fetched."""
 
 
 class Npz(Settings):
@@ -86,7 +98,7 @@ class ColouredDigits(Settings):
     """Which drawing of the pictures."""
 
 
-AnySource = Annotated[Folder | FileList | Npz | Cifar | Digits | ColouredDigits, Field(discriminator="name")]
+AnySource = Annotated[Folder | FileList | Packed | Npz | Cifar | Digits | ColouredDigits, Field(discriminator="name")]
 
 
 class Data(Settings):

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import numpy as np
@@ -46,10 +48,24 @@ def read_image(path: bytes, name: str) -> U8:
     Transparency is dropped, as `convert("RGB")` and torchvision do; 16 bits are scaled to 8; colour profiles are
     ignored. Raises `UnreadableImage`, which calls the file `name`.
     """
+    with _explained(path, name), open(path, "rb") as file:
+        return _decoded(file)
+
+
+def kind_of(path: bytes, name: str) -> str:
+    """Format and mode of an image file, e.g. `JPEG, CMYK`, from its beginning; raises `UnreadableImage`."""
+    with _explained(path, name), open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        return f"{image.format}, {image.mode}"
+
+
+@contextmanager
+def _explained(path: bytes, name: str) -> Iterator[None]:
+    """Context without warnings in which whatever Pillow raises becomes `UnreadableImage`."""
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of damaged metadata, which say nothing about the pixels
-            return _decoded(file)
+            yield
+            return
     except UnidentifiedImageError:
         reason = "an empty file" if os.path.getsize(path) == 0 else "not an image, or of a kind that is not supported"
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import Literal, final
 
 import numpy as np
 
-from sslcli.data.decode import read_image
+from sslcli.data.decode import kind_of, read_image
 from sslcli.data.source import I64, U8, Source, UnreadableImage
 
 SMALL_SIDE = 96
@@ -74,6 +74,10 @@ class Files(Source):
     def name(self, index: int) -> str:
         """The path below the folder, printable whatever bytes it has."""
         return printable(self._names[index])
+
+    def kind(self, index: int) -> str:
+        """Format and mode of the file, whatever its name."""
+        return kind_of(self._path(index), self.name(index))
 
     def resident(self) -> U8 | None:
         """Small images of one size, decoded by the first call; None for all others, or if one cannot be read."""

@@ -6,12 +6,15 @@ Only what a source needs is imported for it, so that a wrong path is answered at
 import os
 from pathlib import Path
 
-from sslcli.config.data import AnySource, Cifar, ColouredDigits, Digits, FileList, Folder, Npz
+from sslcli.config.data import AnySource, Cifar, ColouredDigits, Digits, FileList, Folder, Npz, Packed
 from sslcli.data.source import Source
 from sslcli.errors import DataError
 
 TEST_PICTURES = 1500
 """How many coloured test digits go with at least as many training ones."""
+
+MANIFEST = "pack.json"
+"""The file by which a folder of packed images is known."""
 
 OTHER_FOLDERS = ("val", "test")
 SPLIT_FOLDERS = frozenset({"val", "valid", "validation", "dev", "test", "eval"})
@@ -19,6 +22,16 @@ SPLIT_FOLDERS = frozenset({"val", "valid", "validation", "dev", "test", "eval"})
 
 def open_source(cfg: AnySource) -> Source:
     """The images that the settings describe; raises DataError if there are none."""
+    match cfg:
+        case Folder(skip=Path() as names) | FileList(skip=Path() as names) | Packed(skip=Path() as names):
+            from sslcli.data.part import without
+
+            return without(_opened(cfg), names)
+        case _:
+            return _opened(cfg)
+
+
+def _opened(cfg: AnySource) -> Source:
     match cfg:
         case Folder():
             from sslcli.data.folder import open_folder
@@ -28,6 +41,10 @@ def open_source(cfg: AnySource) -> Source:
             from sslcli.data.file_list import open_list
 
             return open_list(cfg.path, cfg.root, cfg.on_error)
+        case Packed():
+            from sslcli.data.packed import open_pack
+
+            return open_pack(cfg.path, cfg.cache, cfg.on_error)
         case Npz():
             from sslcli.data.npz import open_npz
 
@@ -57,7 +74,11 @@ def other_split(cfg: AnySource) -> AnySource | None:
         case Folder() if cfg.path.name == "train":
             siblings = [cfg.path.with_name(name) for name in OTHER_FOLDERS]
             found = next((path for path in siblings if os.path.isdir(path.expanduser())), None)
-            return None if found is None else cfg.model_copy(update={"path": found})
+            return None if found is None else cfg.model_copy(update={"path": found, "skip": None})
+        case Packed() if "://" not in cfg.path and Path(cfg.path).name == "train":
+            packs = [Path(cfg.path).with_name(name) for name in OTHER_FOLDERS]
+            pack = next((path for path in packs if os.path.isfile(path.expanduser() / MANIFEST)), None)
+            return None if pack is None else cfg.model_copy(update={"path": str(pack), "skip": None})
         case _:
             return None
 
@@ -88,6 +109,9 @@ def guess_source(path: Path) -> AnySource:
 def _guess_folder(path: Path) -> AnySource:
     from sslcli.data.cifar import found_in
 
+    for pack in (path, path / "train"):
+        if os.path.isfile(pack / MANIFEST):
+            return Packed(path=str(pack))
     if found_in(path, 10) is not None:
         return Cifar(root=path, classes=10)
     if found_in(path, 100) is not None:

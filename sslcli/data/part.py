@@ -36,6 +36,14 @@ class Part(Source):
         """What the whole source calls it."""
         return self._whole.name(int(self._index[index]))
 
+    def kind(self, index: int) -> str:
+        """What it is stored as."""
+        return self._whole.kind(int(self._index[index]))
+
+    def verify(self) -> int:
+        """Verify the whole source."""
+        return self._whole.verify()
+
     def resident(self) -> U8 | None:
         """A copy of these images, where the whole source has all in memory."""
         if self._held is None and (images := self._whole.resident()) is not None:

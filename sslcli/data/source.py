@@ -50,6 +50,14 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """What to call an image: its path below the source, or `images[17]`."""
 
+    def kind(self, index: int) -> str:
+        """What the image is stored as, e.g. `JPEG, CMYK`; raises `UnreadableImage`."""
+        return "array, RGB"
+
+    def verify(self) -> int:
+        """Compare what is stored with its checksums: how many images have one; raises DataError."""
+        return 0
+
     @abstractmethod
     def resident(self) -> U8 | None:
         """All images as (N, H, W, 3) when they are in memory at one size; not to be written to."""
