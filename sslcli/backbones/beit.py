@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sslcli.config.base import BackboneConfig
@@ -49,6 +49,9 @@ class Config(BackboneConfig):
     """Biases of the attention by relative position: none, one table for all blocks, or one for each."""
     layer_scale: Positive | None = 0.1
     """What every branch is multiplied with at first, channel by channel; null: 1, and not learned."""
+    init: Literal["beit", "cae"] = "beit"
+    """Initial weights. `beit`: normal of 0.02, the last layer of every branch smaller the deeper it lies. `cae`: Xavier
+    uniform, patch projection and class token normal of 0.02 cut at 0.02."""
     pool: Literal["cls", "mean"] = "cls"
     """The pooled feature: the class token, or the mean of the patch tokens, after the last norm."""
     drop_path: Fraction = 0.0
@@ -193,6 +196,8 @@ def beit_trunk(cfg: Config) -> "Trunk":
         num_classes=0,
         global_pool="token",
     )
+    if cfg.init == "cae":
+        init_as_cae_(trunk)
     if cfg.positions == "sincos":
         assert trunk.pos_embed is not None
         side = cfg.image_size // cfg.patch
@@ -200,6 +205,17 @@ def beit_trunk(cfg: Config) -> "Trunk":
             trunk.pos_embed.copy_(sincos_positions(width, side, side, first="row", prefix=1))
         trunk.pos_embed.requires_grad_(False)
     return trunk
+
+
+def init_as_cae_(trunk: "Trunk") -> None:
+    """Draw the initial weights of CAE's encoder."""
+    for layer in trunk.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+    for tensor in (trunk.patch_embed.proj.weight, trunk.cls_token):
+        nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
+    assert trunk.patch_embed.proj.bias is not None
+    nn.init.zeros_(trunk.patch_embed.proj.bias)
 
 
 build = BEiT

@@ -22,9 +22,11 @@ METHODS = choice.members("sslcli.methods")
 SETTINGS: dict[str, dict[str, Any]] = {
     "barlowtwins": {"dim": 24, "hidden": 32},
     "byol": {"dim": 16, "hidden": 32},
+    "cae": {"target": "pixels", "heads": 2, "regressor_depth": 1, "decoder_depth": 1},
     "densecl": {"queue": 64},
     "dino": {"prototypes": 32, "hidden": 32, "bottleneck": 16},
     "mae": {"width": 16, "depth": 1, "heads": 2},
+    "maskfeat": {"cell": 4},
     "moco": {"queue": 64},
     "mocov3": {"dim": 16, "hidden": 32},
     "npid": {"negatives": 32},
@@ -36,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 PATCH = 4
 VIT = {"name": "vit", "width": 16, "depth": 2, "heads": 2, "patch": PATCH, "image_size": 32}
-BACKBONES: dict[str, dict[str, Any]] = {"mae": VIT, "simmim": VIT}
+BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
 SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
 
 IMAGES, BATCH, SIZE = 64, 8, 32
