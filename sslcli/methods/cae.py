@@ -98,12 +98,13 @@ class CAE(Method[Config]):
         assert masks is not None, "masked views have masks"
         visible, hidden = visible_and_masked(masks, batch.masked)  # (B, N - M), (B, M)
         decoded, foreseen, true = self.decoded(images, masks, visible, hidden)
-        pixels = cfg.target == "pixels"
-        targets = standardised(patches_of(images, self.backbone.patch)) if pixels else self.words_of(batch)  # (B, N, ...)
-        decoding, alignment = losses(widen(decoded), picked(targets, hidden), widen(foreseen), widen(true), cfg.align)
+        words = cfg.target == "tokens"
+        targets = self.words_of(batch) if words else standardised(patches_of(images, self.backbone.patch))  # (B, N, ..)
+        targets = picked(targets, hidden)  # (B, M) or (B, M, P)
+        decoding, alignment = losses(widen(decoded), targets, widen(foreseen), widen(true), cfg.align)
         scalars = {"decoding": decoding.detach(), "alignment": alignment.detach()}
-        if not pixels:
-            scalars["words_right"] = (decoded.detach().argmax(dim=2) == picked(targets, hidden)).float().mean()
+        if words:
+            scalars["words_right"] = (decoded.detach().argmax(dim=2) == targets).float().mean()
         return StepResult(decoding + alignment, scalars)
 
     def decoded(self, images: Tensor, masks: Tensor, visible: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +132,7 @@ class CAE(Method[Config]):
         if len(batch.targets) != 1 or batch.targets[0].shape[-1] != dalle.STRIDE * self.backbone.grid:
             side = dalle.STRIDE * self.backbone.grid
             raise UserError(
-                f"the tokenizer has a word for each patch when it looks at images of {side} pixels, which are not there",
+                f"the tokenizer needs images of {side} pixels to have a word for each patch, and there are none",
                 hint=f"set `views.target` to `{{size: {side}, interpolation: lanczos}}`",
             )
         return self.tokenizer(batch.targets[0].device).words_of(batch.targets[0])
@@ -180,9 +181,7 @@ def xavier_(layer: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def losses(
-    decoded: Tensor, targets: Tensor, foreseen: Tensor, true: Tensor, align: float
-) -> tuple[Tensor, Tensor]:
+def losses(decoded: Tensor, targets: Tensor, foreseen: Tensor, true: Tensor, align: float) -> tuple[Tensor, Tensor]:
     """The two terms of the loss (equation 2): L_y(Y, sg[Y*]) and lambda L_z(Z, sg[Z*]), means over hidden patches.
 
     L_y is the cross-entropy with the words or, where targets are pixels, the mean squared difference; L_z the mean

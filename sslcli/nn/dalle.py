@@ -148,10 +148,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return dict(tensors_in(found) if isinstance(found, Hull) else named(found))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it asks for `{wanted[1]}`, and only tensors are read from it" if wanted else "it is no pickle of tensors"
+        why = (
+            f"it asks for `{wanted[1]}`, and only tensors are read from it" if wanted else "it is no pickle of tensors"
+        )
         raise WeightsError(f"cannot read tokenizer `{path}`: {why}", hint=HINT) from error
     except Exception as error:  # a hostile file may break the reader in any way
-        raise WeightsError(f"cannot read tokenizer `{path}`: it is damaged or another kind of file", hint=HINT) from error
+        raise WeightsError(
+            f"cannot read tokenizer `{path}`: it is damaged or another kind of file", hint=HINT
+        ) from error
 
 
 class Hull:

@@ -56,4 +56,3 @@ def gaussian(side: int, device: torch.device | None = None) -> Tensor:
     line = torch.exp(-0.5 * (place / (side // 2)) ** 2)
     square = line[:, None] * line
     return square / square.sum()
-

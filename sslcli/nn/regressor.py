@@ -12,7 +12,7 @@ norm = partial(nn.LayerNorm, eps=1e-6)
 
 @final
 class Regressor(nn.Module):
-    """Cross-attention from hidden to all patches (Chen et al. 2022, section 3); hidden patches are known by their place alone."""
+    """Cross-attention from hidden patches, of which only the places are known, to all (Chen et al. 2022, section 3)."""
 
     def __init__(self, width: int, heads: int, drop_paths: list[float], layer_scale: float | None) -> None:
         super().__init__()

@@ -234,7 +234,9 @@ def test_three_steps_as_mmselfsup_takes_them(golden: Path, filled: Callable, mon
             own = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
             for key in grads:
                 grad = got(own, key.removeprefix("grad/"), method.cfg.decoder_depth)
-                np.testing.assert_allclose(grad.reshape(grads[key].shape), grads[key], err_msg=key, rtol=1e-5, atol=1e-7)
+                np.testing.assert_allclose(
+                    grad.reshape(grads[key].shape), grads[key], err_msg=key, rtol=1e-5, atol=1e-7
+                )
     for key, network in (("end_backbone_qkv0", method.backbone), ("end_teacher_qkv0", method.slow_backbone)):
         np.testing.assert_allclose(network.trunk.blocks[0].attn.qkv.weight.detach(), case[key], rtol=1e-6, atol=1e-8)
 
@@ -343,11 +345,11 @@ def test_a_tokenizer_that_does_not_serve_is_refused(tokenizer: Path):
     with pytest.raises(WeightsError, match=r"needs a `method.tokenizer`") as caught:
         small()
     assert "cdn.openai.com" in caught.value.hint
-    with pytest.raises(WeightsError, match="no tokenizer `nowhere.pkl`"):
+    with pytest.raises(WeightsError, match="no tokenizer `nowhere"):
         small(tokenizer=Path("nowhere.pkl"))(batch(), at(0))
     with pytest.raises(WeightsError, match="has 16 words, and the run is made for 8192"):
         small(tokenizer=tokenizer)(batch(), at(0))
-    with pytest.raises(UserError, match="looks at images of 32 pixels, which are not there") as told:
+    with pytest.raises(UserError, match="needs images of 32 pixels") as told:
         small(tokenizer=tokenizer, words=16)(batch(targets=False), at(0))
     assert "views.target" in told.value.hint
 
@@ -359,9 +361,7 @@ def test_pixels_need_no_tokenizer():
     wanted = cae.picked(patches_of(one.views[0], 4), hidden)
     wanted = (wanted - wanted.mean(dim=2, keepdim=True)) / (wanted.var(dim=2, keepdim=True) + 1e-6).sqrt()
     result = method(one, at(0))
-    torch.testing.assert_close(
-        result.loss, (decoded - wanted).square().mean() + 2 * (foreseen - true).square().mean()
-    )
+    torch.testing.assert_close(result.loss, (decoded - wanted).square().mean() + 2 * (foreseen - true).square().mean())
     assert result.scalars.keys() == {"decoding", "alignment"}
 
 

@@ -124,7 +124,9 @@ def test_loss_as_in_mmselfsup(golden: Path, name: str):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", ["labels_slowfast_china64_f4", "labels_slowfast_china64_f8", "labels_slowfast_two48_f3"])
+@pytest.mark.parametrize(
+    "name", ["labels_slowfast_china64_f4", "labels_slowfast_china64_f8", "labels_slowfast_two48_f3"]
+)
 def test_loss_as_in_slowfast(golden: Path, name: str):
     case = {key: torch.from_numpy(value) for key, value in np.load(golden / "maskfeat" / f"{name}.npz").items()
             if key != "meta"}  # fmt: skip
@@ -177,10 +179,10 @@ def test_hidden_patches_are_not_seen():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="`method.cell` 3 must divide the backbone's patch") as caught:
+    with pytest.raises(UserError, match=r"`method\.cell` 3 must divide the backbone's patch") as caught:
         small(cell=3)
     assert caught.value.hint
     with pytest.raises(UserError, match="got none"):
         maskfeat.build(maskfeat.Config(), resnet.build(resnet.Config(depth=10, width=4, stem="small")), FACTS)
-    with pytest.raises(UserError, match="`method.window` 5 must divide the side of the images, 16 pixels"):
+    with pytest.raises(UserError, match=r"`method\.window` 5 must divide the side of the images, 16 pixels"):
         small(window=5).targets(torch.randn(1, 3, 16, 16))

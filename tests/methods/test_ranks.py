@@ -18,7 +18,9 @@ from sslcli.nn.norm import group_batch_norm
 SETTINGS: dict[str, dict[str, Any]] = {
     "barlowtwins": {"dim": 12, "hidden": 16},
     "byol": {"dim": 8, "hidden": 16},
+    "cae": {"target": "pixels", "heads": 2, "regressor_depth": 1, "decoder_depth": 1, "aligned_with": "previous"},
     "mae": {"width": 16, "depth": 1, "heads": 2},
+    "maskfeat": {"cell": 4},
     "mocov3": {"dim": 8, "hidden": 16},
     "relative_loc": {"hidden": 16, "dropout": 0.0},
     "rotation": {},
@@ -28,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vicreg": {"dim": 12, "hidden": 16},
 }
 VIT = {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4, "image_size": 16}
-BACKBONES: dict[str, dict[str, Any]] = {"mae": VIT, "simmim": VIT}
+BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
 SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
 BATCH = 16
 STEPS = 3
@@ -75,6 +77,7 @@ def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         result.loss.backward()
         losses.append(dist.mean(result.loss))
         gradients = gradients or {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
+        method.before_update(at)
         optimizer.step()
         method.after_step(at)
     return torch.stack(losses), gradients, method.state_dict()

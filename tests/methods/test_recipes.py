@@ -205,3 +205,54 @@ def test_simmim(name, lr, epochs):
         said(preset.schedule, name="step", at=[700], gamma=0.1)
     said(preset.run, epochs=epochs, clip=5.0)
     said(preset.data, batch_size=2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "window", "start", "end", "subtract"),
+    [
+        ("maskfeat-vitb16-300e", 300, 16, 1e-6, 1e-6, False),
+        ("maskfeat-vitb16-1600e", 1600, None, 0.005, 8e-6, True),
+        ("maskfeat-vitl16-1600e", 1600, None, 0.005, 8e-6, True),
+    ],
+)
+def test_maskfeat(name, epochs, window, start, end, subtract):
+    preset = preset_of(name)
+    said(preset.method, name="maskfeat", bins=9, cell=8, window=window)
+    said(preset.views, name="masked", patch=16, target=None)
+    said(preset.views.crop, size=224, scale=[0.5, 1.0], ratio=[0.75, 1.3333], interpolation="bicubic", jitter=None)
+    said(preset.views.mask, name="blocks", patches=78, least=15, most=None, aspect=[0.3, 1 / 0.3], exact=False)
+    size = "large" if "vitl" in name else "base"
+    said(preset.backbone, name="vit", size=size, patch=16, positions="learned", init="normal", drop_path=0.0)
+    said(preset.optim, name="adamw", betas=[0.9, 0.999], weight_decay=0.05)
+    assert preset.data.batch_size == 2048
+    lr = preset.optim.effective_lr(2048)
+    assert lr == pytest.approx(1.6e-3)
+    assert preset.schedule.end * lr == pytest.approx(end)
+    said(preset.schedule, name="cosine", by="step")
+    said(preset.schedule.warmup, epochs=30, start=start, shape="linear", by="step", subtract=subtract)
+    said(preset.run, epochs=epochs, clip=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "warmup", "hidden", "drop_path", "aligned_with"),
+    [
+        ("cae-vitb16-300e", 300, 10, 75, 0.0, "previous"),
+        ("cae-vitb16-800e", 800, 20, 98, 0.1, "current"),
+        ("cae-vitb16-1600e", 1600, 40, 98, 0.1, "current"),
+    ],
+)
+def test_cae(name, epochs, warmup, hidden, drop_path, aligned_with):
+    preset = preset_of(name)
+    said(preset.method, name="cae", target="tokens", words=8192, align=2.0, aligned_with=aligned_with, width=None)
+    said(preset.method, heads=12, regressor_depth=4, decoder_depth=4, layer_scale=0.1, drop_path=drop_path)
+    said(preset.views.crop, size=224, scale=[0.08, 1.0], interpolation="bicubic", flip=0.5, jitter=None)
+    said(preset.views.mask, name="blocks", patches=hidden, least=16, most=None, aspect=[0.3, 1 / 0.3], exact=True)
+    said(preset.views.target, size=112, interpolation="lanczos", normalize={"mean": [0.0] * 3, "std": [1.0] * 3})
+    said(preset.backbone, name="beit", size="base", positions="sincos", bias="none", layer_scale=0.1, init="cae")
+    said(preset.backbone, drop_path=drop_path)
+    said(preset.optim, name="adamw", lr=1.5e-3, per=None, betas=[0.9, 0.999], weight_decay=0.05)
+    assert preset.data.batch_size == 2048
+    assert preset.schedule.end * preset.optim.lr == pytest.approx(1e-5)
+    said(preset.schedule, name="cosine", by="step")
+    said(preset.schedule.warmup, epochs=warmup, start=0.0, shape="linear", by="step", subtract=True)
+    said(preset.run, epochs=epochs, clip=3.0)

@@ -87,9 +87,7 @@ def pickled_module(monkeypatch: pytest.MonkeyPatch, path: Path, tensors: dict, *
             block_1=block(f"blocks.group_{i}.block_1"), **({"pool": nn.MaxPool2d(2)} if i < 4 else {}))))
             for i in range(1, 5)]  # fmt: skip
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv("blocks.output.conv")))
-        encoder.blocks = nn.Sequential(
-            OrderedDict([("input", conv("blocks.input")), *groups, ("output", output)])
-        )
+        encoder.blocks = nn.Sequential(OrderedDict([("input", conv("blocks.input")), *groups, ("output", output)]))
         torch.save(encoder, path, _use_new_zipfile_serialization=not legacy)
 
 

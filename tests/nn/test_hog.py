@@ -50,7 +50,9 @@ def test_histograms(golden: Path, name: str):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", ["labels_slowfast_china64_f4", "labels_slowfast_china64_f8", "labels_slowfast_two48_f3"])
+@pytest.mark.parametrize(
+    "name", ["labels_slowfast_china64_f4", "labels_slowfast_china64_f8", "labels_slowfast_two48_f3"]
+)
 def test_histograms_of_patches(golden: Path, name: str):
     case = np.load(golden / "maskfeat" / f"{name}.npz")
     meta = json.loads(str(case["meta"]))
