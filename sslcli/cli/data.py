@@ -79,7 +79,8 @@ def check(
         print("\n".join(_lines(found, source, judges)))
     if out is not None:
         print(f"{out} names {len(skips)} images", file=sys.stderr)
-        print(f"next: ssl pretrain --preset … --data {images} -o data.source.skip={out}", file=sys.stderr)
+        skip = f" -o data.source.skip={out}" if skips else ""
+        print(f"next: ssl pretrain --preset … --data {images}{skip}", file=sys.stderr)
     elif skips:
         print(f"next: ssl data check {images} --out skip.txt", file=sys.stderr)
 
@@ -164,7 +165,8 @@ def _lines(found: "Findings", source: "Source", judges: "Source | None") -> Iter
     yield f"images         {total}" + (f"; {source.remark}" if source.remark else "")
     counts = [count for _, count in classes_of(source)]
     if counts:
-        yield f"classes        {len(counts)}, with {min(counts)} to {max(counts)} images each"
+        each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
+        yield f"classes        {len(counts)}, with {each} images each"
     yield f"stored as      {', '.join(f'{kind} {count}' for kind, count in found.kinds.items())}"
     for side in ("height", "width"):
         spread = _spread(good[side])

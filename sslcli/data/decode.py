@@ -49,7 +49,7 @@ def read_image(path: bytes, name: str) -> U8:
     ignored. Raises `UnreadableImage`, which calls the file `name`.
     """
     with _explained(path, name), open(path, "rb") as file:
-        return _decoded(file)
+        return decoded(file)
 
 
 def kind_of(path: bytes, name: str) -> str:
@@ -77,7 +77,8 @@ def _explained(path: bytes, name: str) -> Iterator[None]:
     raise UnreadableImage(name, " ".join(reason.split()))
 
 
-def _decoded(file: IO[bytes]) -> U8:
+def decoded(file: IO[bytes]) -> U8:
+    """The first frame of an open image file as (H, W, 3) RGB, upright; raises whatever the decoders raise."""
     with Image.open(file, formats=FORMATS) as image:
         _whole(file, image.format or "")
         if image.format == "JPEG" and image.mode in ("RGB", "L") and (pixels := _turbo(file)) is not None:

@@ -16,8 +16,8 @@ from typing import Any, Literal, final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from sslcli.data.decode import decoded
 from sslcli.data.files import SMALL_BYTES, SMALL_SIDE
 from sslcli.data.open import MANIFEST
 from sslcli.data.source import U8, Source, UnreadableImage
@@ -159,8 +159,7 @@ class Pack(Source):
         if self._manifest["encoding"] == "raw":
             return np.array(content).reshape(height, width, 3)
         try:
-            with Image.open(io.BytesIO(content.tobytes()), formats=("JPEG", "PNG")) as image:
-                return np.array(image.convert("RGB"))
+            return decoded(io.BytesIO(content.tobytes()))
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise UnreadableImage(self.name(index), " ".join(str(error).split()) or type(error).__name__) from None
 
