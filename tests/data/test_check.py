@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -108,6 +110,14 @@ def test_several_processes_find_the_same(tree, monkeypatch):
     assert alone.reasons == together.reasons
     assert alone.kinds == together.kinds
     assert (alone.rows == together.rows).all()
+
+
+def test_no_torch_is_needed(tree):
+    code = (
+        "import sys\nfrom sslcli.cli.data import app\n"
+        f"app(['check', {str(tree)!r}], standalone_mode=False)\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_mistakes_are_named(tree, tmp_path):
