@@ -180,3 +180,27 @@ def test_patches_keep_their_distance_and_use_all_of_their_room():
 def test_what_cannot_be_cut_is_refused(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_kind
+def test_a_gpu_agrees_and_is_never_waited_for(photos, cfg):
+    views, images, index = build(cfg, 4), torch.from_numpy(photos(8, 120, 140)), np.arange(8)
+    want = views.crop_batch(images, index, 0)
+    resident = images.cuda()
+
+    def on_the_gpu():
+        crops = views.crop_batch(resident, index, 0)
+        return crops, views.arrange(views.finish([crop.cuda(non_blocking=True) for crop in want], index, 0), index, 0)
+
+    on_the_gpu()  # first use may wait while it loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        crops, found = on_the_gpu()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for crop, expected in zip(crops, want, strict=True):
+        assert (crop.cpu().int() - expected.int()).abs().max() <= 4
+    for view, expected in zip(found.views, views.arrange(views.finish(want, index, 0), index, 0).views, strict=True):
+        assert (view.cpu() - expected).abs().mean() < 1e-3
