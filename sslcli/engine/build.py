@@ -203,7 +203,8 @@ def compile_(backbones: Iterable[Backbone], blocks: Iterable[nn.Module] | None) 
         return
     for backbone in backbones:
         backbone.compile()
-        backbone.maps = torch.compile(backbone.maps)  # type: ignore[method-assign]
+        for way in ("maps", "visible_tokens", "masked_maps"):
+            setattr(backbone, way, torch.compile(getattr(backbone, way)))
 
 
 def recompute(backbone: Backbone) -> None:
