@@ -39,6 +39,14 @@ CASES = {
         {"backbone.trunk.": "backbone.", "projector.": "projector.", "norm.": "bn."},
     ),
     "vicreg_resnet50": ("vicreg-r50-1000e", {"backbone.trunk.": "backbone.", "expander.": "projector."}),
+    "mae_vit_base": (
+        "mae-vitb16-800e",
+        {"backbone.trunk.": "", "mask_token": "mask_token", "decoder_": "decoder_"},
+    ),
+    "simmim_vit_base": (
+        "simmim-vitb16-800e",
+        {"backbone.trunk.": "encoder.", "mask_token": "encoder.mask_token", "decoder.": "decoder."},
+    ),
     "mmselfsup0x_byol": (
         "byol-r50-200e",
         {
@@ -50,8 +58,11 @@ CASES = {
         },
     ),
 }
-EXTRA = {"simsiam_resnet50": {"encoder.fc.6.bias"}}
-"""Frozen, and taken out by the batch norm behind it."""
+EXTRA = {
+    "simsiam_resnet50": {"encoder.fc.6.bias"},
+    "simmim_vit_base": {"encoder.rel_pos_bias.relative_position_index"},
+}
+"""Frozen, and taken out by the batch norm behind it; and numbers that never change."""
 
 
 @pytest.mark.golden
