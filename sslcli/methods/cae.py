@@ -19,7 +19,7 @@ from sslcli.nn.needs import need_patches
 from sslcli.nn.patches import fits, patches_of, visible_and_masked
 from sslcli.nn.positions import sincos_positions
 from sslcli.nn.precision import widen
-from sslcli.nn.regressor import Regressor, norm
+from sslcli.nn.regressor import Regressor
 
 EPS = 1e-6
 """Added to the variance of a patch."""
@@ -67,19 +67,22 @@ class CAE(Method[Config]):
 
     def __init__(self, cfg: Config, backbone: Backbone, facts: RunFacts) -> None:
         super().__init__(cfg, backbone, facts)
+        from timm.layers.norm import LayerNorm
         from timm.models.vision_transformer import Block
 
         need_patches(backbone, "cae")
         if cfg.target == "tokens" and cfg.tokenizer is None:
             raise WeightsError("`cae` with `method.target: tokens` needs a `method.tokenizer`", hint=dalle.HINT)
         width = cfg.width or backbone.dim
-        self.adapter = nn.Sequential(*([nn.Linear(backbone.dim, width), norm(width)] if width != backbone.dim else []))
+        self.adapter = nn.Sequential(
+            *([nn.Linear(backbone.dim, width), LayerNorm(width)] if width != backbone.dim else [])
+        )
         rates = [torch.linspace(0, cfg.drop_path, depth).tolist() for depth in (cfg.regressor_depth, cfg.decoder_depth)]
         self.regressor = Regressor(width, cfg.heads, rates[0], cfg.layer_scale)
         self.decoder = nn.Sequential(
-            *(Block(width, cfg.heads, qkv_bias=True, init_values=cfg.layer_scale, drop_path=rate, norm_layer=norm)
+            *(Block(width, cfg.heads, qkv_bias=True, init_values=cfg.layer_scale, drop_path=rate, norm_layer=LayerNorm)
               for rate in rates[1]),
-            norm(width),
+            LayerNorm(width),
         )  # fmt: skip
         self.head = nn.Linear(width, cfg.words if cfg.target == "tokens" else 3 * backbone.patch**2)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02, a=-0.02, b=0.02))

@@ -65,7 +65,8 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def words_of(self, images: Tensor) -> Tensor:
         """The likeliest words (B, N), int64, of the squares in row-major order."""
-        return self(images).argmax(dim=1).flatten(1)
+        words: Tensor = self(images).argmax(dim=1).flatten(1)
+        return words
 
 
 @final

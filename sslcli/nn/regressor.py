@@ -1,13 +1,13 @@
 """From what is known of some patches to what is to be known of others: CAE's latent regressor."""
 
-from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-norm = partial(nn.LayerNorm, eps=1e-6)
+EPS = 1e-6
+"""Added to the variance in a layer norm."""
 
 
 @final
@@ -17,7 +17,7 @@ class Regressor(nn.Module):
     def __init__(self, width: int, heads: int, drop_paths: list[float], layer_scale: float | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(CrossBlock(width, heads, rate, layer_scale) for rate in drop_paths)
-        self.norm = norm(width)
+        self.norm = nn.LayerNorm(width, eps=EPS)
 
     def forward(self, hidden: Tensor, seen: Tensor, hidden_places: Tensor, seen_places: Tensor) -> Tensor:
         """Features (B, M, D) of hidden patches, from those (B, V, D) of visible ones and the places of both."""
@@ -34,10 +34,12 @@ class CrossBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, drop_path: float, layer_scale: float | None, ratio: int = 4) -> None:
         super().__init__()
-        from timm.layers import DropPath, LayerScale, Mlp
+        from timm.layers.drop import DropPath
+        from timm.layers.layer_scale import LayerScale
+        from timm.layers.mlp import Mlp
 
         self.heads = heads
-        self.norm_q, self.norm_k, self.norm_v, self.norm_out = (norm(width) for _ in range(4))
+        self.norm_q, self.norm_k, self.norm_v, self.norm_out = (nn.LayerNorm(width, eps=EPS) for _ in range(4))
         self.q, self.v, self.proj = (nn.Linear(width, width) for _ in range(3))
         self.k = nn.Linear(width, width, bias=False)
         self.mlp = Mlp(width, ratio * width)

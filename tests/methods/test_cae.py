@@ -391,6 +391,19 @@ def test_start():
     assert torch.equal(method.regressor.blocks[0].scale1.gamma, torch.full((24,), 0.1))
 
 
+def test_start_of_the_encoder():
+    trunk = beit.build(beit.Config(
+        width=96, depth=4, heads=3, patch=4, image_size=16, positions="sincos", bias="none", init="cae",
+    )).trunk  # fmt: skip
+    for layer in (trunk.blocks[3].attn.qkv, trunk.blocks[3].attn.proj, trunk.blocks[3].mlp.fc2):
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
+    for tensor in (trunk.patch_embed.proj.weight, trunk.cls_token):
+        assert tensor.abs().max().item() == pytest.approx(0.02, rel=0.05)
+    assert not trunk.patch_embed.proj.bias.any()
+    assert not trunk.blocks[0].attn.q_bias.any()
+
+
 def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="hides patches"):
         cae.build(cae.Config(target="pixels"), resnet.build(resnet.Config(depth=10, width=4, stem="small")), FACTS)
