@@ -172,10 +172,14 @@ class Backbone(nn.Module, ABC):
 
 
 class Look(Protocol):
-    """One un-augmented pass over all images, offered to `Method.before_epoch`."""
+    """One un-augmented pass over all images, offered to `Method.before_epoch`; all ranks must take it together."""
 
     def __call__(self, features: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply `features` to every image in evaluation mode; rows (N, D) in index order, equal on all ranks."""
+        """Apply `features` to every image in evaluation mode, without gradient.
+
+        Returns rows (n, D), float32 on the CPU, of this rank's share of the images in index order (`dist.share`; alone,
+        all of them). An image that cannot be read has a row of zeros.
+        """
         ...
 
 
@@ -198,7 +202,15 @@ class Method(nn.Module, ABC, Generic[C]):
         """At the start of an epoch; what it finds goes into buffers. Skipped when an epoch is resumed half-way."""
 
     def sample_weights(self) -> np.ndarray | None:
-        """(N,) weights for drawing images with replacement in the coming epoch, or None for one pass over all."""
+        """(N,) weights for drawing images in the coming epoch, or None for one pass over all.
+
+        A function of the state alone, equal on all ranks: an epoch that is resumed half-way asks again. Each draw is
+        by itself, with replacement, unless there are `sample_groups`.
+        """
+        return None
+
+    def sample_groups(self) -> np.ndarray | None:
+        """(N,) numbers of groups; then every group and image is drawn as often as its weight says, but for rounding."""
         return None
 
     def before_update(self, at: Progress) -> None:

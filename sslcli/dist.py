@@ -32,6 +32,12 @@ def world() -> int:
     return td.get_world_size() if td.is_initialized() else 1
 
 
+def share(total: int) -> range:
+    """Which of `total` things in a row are this rank's: as many as on every rank before, or what is left."""
+    each = -(-total // world())
+    return range(min(rank() * each, total), min((rank() + 1) * each, total))
+
+
 def local_rank() -> int:
     """This process's number on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
@@ -77,6 +83,7 @@ def joined() -> Iterator[None]:
     finally:
         _hosts.cache_clear()
         _writers.cache_clear()
+        _mesh.cache_clear()
         td.destroy_process_group()
 
 
@@ -123,10 +130,21 @@ def barrier() -> None:
         td.barrier()
 
 
+class Apart(nn.Module):
+    """A module whose buffers may differ from rank to rank."""
+
+
 def wrap(module: nn.Module) -> nn.Module:
-    """The module in DDP if there is anyone else; buffers stay the module's own affair, equal on all ranks."""
+    """The module in DDP if there is anyone else; buffers stay its own affair, equal on all ranks or `Apart`."""
     if world() == 1:
         return module
+    apart = [
+        f"{name}.{buffer}"
+        for name, part in module.named_modules()
+        if isinstance(part, Apart)
+        for buffer, _ in part.named_buffers(recurse=False)
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, apart)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "`broadcast_buffers` is deprecated", FutureWarning
@@ -151,6 +169,15 @@ def gather(x: Tensor) -> Tensor:
     out = x.new_empty((world() * x.shape[0], *x.shape[1:]))
     td.all_gather_into_tensor(out, x.detach().contiguous())
     return out
+
+
+def gather_shares(x: Tensor, total: int) -> Tensor:
+    """All (total, ...) rows, of which every rank gives its `share`, without gradient."""
+    if world() == 1:
+        return x.detach()
+    padded = x.new_zeros((-(-total // world()), *x.shape[1:]))
+    padded[: len(x)] = x.detach()
+    return gather(padded)[:total]
 
 
 class _GatherWithGrad(torch.autograd.Function):
@@ -236,6 +263,15 @@ def gather_objects(value: Any) -> list[Any]:
     return box
 
 
+def swap(x: Tensor) -> Tensor:
+    """Part r of (W, ...) goes to rank r; part r of the result came from rank r; without gradient."""
+    if world() == 1:
+        return x.detach()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    td.all_to_all_single(out, x.detach().contiguous())
+    return out
+
+
 def shuffle(x: Tensor, order: Tensor) -> Tensor:
     """This rank's share of the global batch after `order`, a permutation of its W*B rows that all ranks know.
 
@@ -271,17 +307,15 @@ class Shared(nn.Module):
 
     def __init__(self, module: nn.Module, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         self.module = module
-        mesh = init_device_mesh(device().type, (world(),))
+        prepare_shares()
+        mesh = _mesh()
         for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self, mesh=mesh)
         register_fsdp_forward_method(self, "lend")
-        _hosts()  # a group is made by all ranks at the same time: now
-        _writers()
 
     def forward(self, *args: Any) -> Any:
         """What the module gives."""
@@ -324,6 +358,29 @@ def lent(wrapped: nn.Module, work: Callable[[], T]) -> T:
     for block in blocks:
         block.set_reshard_after_forward(True)
     return found
+
+
+@cache
+def _mesh() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device().type, (world(),))
+
+
+def prepare_shares() -> None:
+    """Make the groups that shares and their checkpoints need: by all ranks at the same time."""
+    _mesh()
+    _hosts()
+    _writers()
+
+
+def as_share(part: Tensor, total: int) -> Tensor:
+    """This rank's `share` of the rows of a tensor (total, ...) as what it is; all ranks must have one."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    part = part.detach().contiguous()
+    shape = torch.Size((total, *part.shape[1:]))
+    return DTensor.from_local(part, _mesh(), [Shard(0)], run_check=False, shape=shape, stride=part.stride())
 
 
 def is_share(x: Tensor) -> bool:
@@ -384,7 +441,8 @@ def write_shares(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save(dict(tensors), storage_writer=writer, process_group=_writers())
+        packed = {name: x if is_share(x) else x.contiguous() for name, x in tensors.items()}  # safetensors asks for it
+        save(packed, storage_writer=writer, process_group=_writers())
     except CheckpointException as error:
         reason, _ = next(iter(error.failures.values()))
         raise OSError(str(reason)) from error

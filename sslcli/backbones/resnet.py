@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sslcli.config.base import BackboneConfig
 from sslcli.config.types import Count
 from sslcli.contracts import Backbone
+from sslcli.nn.sobel import Sobel
 from sslcli.nn.taps import check_taps
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Config(BackboneConfig):
     `small`: 3 x 3 with stride 2 and no pooling, for small images on slow machines."""
     zero_init_residual: bool = False
     """Start every block as the identity: the gain of its last batch norm is 0 (Goyal et al. 2017)."""
+    sobel: bool = False
+    """Look at two maps of slopes, from fixed Sobel filters on the mean of the colours, instead of three colours
+    (DeepCluster)."""
 
 
 @final
@@ -52,12 +56,14 @@ class ResNet(Backbone):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.trunk = resnet_trunk(cfg.depth, cfg.width, cfg.stem, cfg.zero_init_residual)
+        self.front = Sobel() if cfg.sobel else nn.Identity()
+        channels = 2 if cfg.sobel else 3
+        self.trunk = resnet_trunk(cfg.depth, cfg.width, cfg.stem, cfg.zero_init_residual, channels)
         self.dim = self.trunk.num_features
 
     def maps(self, images: Tensor) -> Tensor:
         """Output (B, C, h, w) of the last stage."""
-        return self.trunk.forward_features(images)
+        return self.trunk.forward_features(self.front(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Average of the last stage's output (B, dim)."""
@@ -70,7 +76,7 @@ class ResNet(Backbone):
             UserError: there is no place of that name.
         """
         check_taps(names, self.tap_names())
-        last, stages = self.trunk.forward_intermediates(images)
+        last, stages = self.trunk.forward_intermediates(self.front(images))
         found = dict(zip(STAGES, stages, strict=True))
         if "pooled" in names:
             found["pooled"] = self.trunk.forward_head(last, pre_logits=True)
@@ -81,7 +87,9 @@ class ResNet(Backbone):
         return (*STAGES, "pooled")
 
 
-def resnet_trunk(depth: Depth, width: int, stem: Literal["imagenet", "cifar", "small"], zero_init: bool) -> "Trunk":
+def resnet_trunk(
+    depth: Depth, width: int, stem: Literal["imagenet", "cifar", "small"], zero_init: bool, inputs: int = 3
+) -> "Trunk":
     """A timm ResNet without classifier, initialised as torchvision does: normal with variance 2 / fan-out."""
     from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
     from timm.models.resnet import ResNet as Trunk
@@ -89,12 +97,12 @@ def resnet_trunk(depth: Depth, width: int, stem: Literal["imagenet", "cifar", "s
     block: Any = BasicBlock if depth in BASIC else Bottleneck
     repeats = BASIC[depth] if depth in BASIC else BOTTLENECK[depth]
     channels = (width, 2 * width, 4 * width, 8 * width)
-    trunk: Any = Trunk(block, repeats, num_classes=0, channels=channels, zero_init_last=False)
+    trunk: Any = Trunk(block, repeats, num_classes=0, in_chans=inputs, channels=channels, zero_init_last=False)
     if stem != "imagenet":
-        trunk.conv1 = nn.Conv2d(3, width, 3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
+        trunk.conv1 = nn.Conv2d(inputs, width, 3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
         trunk.maxpool = nn.Identity()
     elif width != 64:
-        trunk.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        trunk.conv1 = nn.Conv2d(inputs, width, 7, stride=2, padding=3, bias=False)
     if width != 64:  # timm's stem always has 64 channels
         trunk.bn1 = nn.BatchNorm2d(width)
         stages, _ = make_blocks((block,) * 4, channels, repeats, width, act_layer=nn.ReLU, norm_layer=nn.BatchNorm2d)

@@ -1,6 +1,6 @@
 """How an image is looked at, as data: one flat record per kind of crop, operations in a fixed order.
 
-The order is crop, flip, jitter, grey, blur, solarize, normalize; so two presets differ by numbers only.
+The order is crop, flip, rotate, jitter, grey, blur, solarize, normalize; so two presets differ by numbers only.
 """
 
 from abc import ABC, abstractmethod
@@ -83,6 +83,8 @@ class CropGroup(Settings):
     """Resampling filter, antialiased."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Turn about the centre by an angle drawn from [-x, x] degrees; nearest neighbour, black corners."""
     jitter: Jitter | None = None
     """Colour jitter."""
     grey: Fraction = 0.0
@@ -196,6 +198,8 @@ class Rotations(ViewKind):
     def _one_crop(self) -> "Rotations":
         if self.crop.repeat != 1:
             raise ValueError(f"`crop.repeat` is 1: one crop is turned four times (got {self.crop.repeat})")
+        if self.crop.rotate:
+            raise ValueError("`crop.rotate` is for views of kind `crops` alone")
         return self
 
 
@@ -383,6 +387,8 @@ class Masked(ViewKind):
             raise ValueError(f"`patch` must divide `crop.size` (got {patch} and {size})")
         if self.crop.repeat != 1:
             raise ValueError(f"one crop of each image is masked, `crop.repeat` must be 1 (got {self.crop.repeat})")
+        if self.crop.rotate:
+            raise ValueError("`crop.rotate` is for views of kind `crops` alone")
         if isinstance(mask, GridMask) and (mask.cell % patch or size % mask.cell):
             raise ValueError(f"`mask.cell` must be a multiple of `patch` {patch} and divide {size} (got {mask.cell})")
         if isinstance(mask, BlockMask) and mask.patches >= (size // patch) ** 2:

@@ -23,7 +23,8 @@ from sslcli.data.source import I64, U8, Source, UnreadableImage
 from sslcli.errors import DataError, SslError, UserError
 
 LookAt = Callable[[U8, int, int], Sequence[npt.NDArray[np.generic]]]
-"""From (image, index, epoch) to the arrays that the views need of it, alike for all images."""
+"""From (image, number of the draw, epoch) to the arrays that the views need of it, alike for all images; the number is
+that of the image where it comes once."""
 
 SUBSTITUTES = 20
 """How many images are tried in place of one that cannot be read; if half of them are bad, one in a million fails."""
@@ -41,6 +42,8 @@ class HostBatch:
     """(B, H, W, 3) uint8: whole images, when nothing looks at them here."""
     labels: Tensor | None
     """(B,) int64, where the source has labels."""
+    draws: Tensor | None = None
+    """(B,) int64: by which number, in place of that of the image, views are drawn where images may come repeatedly."""
     skipped: tuple[tuple[int, str], ...] = ()
     """Images that should have been in this batch and could not be read: index and reason."""
 
@@ -54,6 +57,12 @@ class HostBatch:
             labels=None if self.labels is None else self.labels.pin_memory(),
         )
 
+    @property
+    def numbers(self) -> I64:
+        """(B,) the numbers by which views are drawn."""
+        found: I64 = (self.index if self.draws is None else self.draws).numpy()
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class _Request:
@@ -61,6 +70,8 @@ class _Request:
 
     epoch: int
     rows: I64
+    draws: I64 | None
+    """What tells repeated draws of one image apart; None where no image is drawn repeatedly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +147,23 @@ class Loader:
         self._processes = None if look is None or workers == 0 else _Processes(self._maker, workers, pin)
         self._running: Generator[HostBatch, None, None] | None = None
 
-    def epoch(self, epoch: int, start: int = 0, weights: npt.NDArray[np.floating] | None = None) -> Iterator[HostBatch]:
+    def epoch(
+        self,
+        epoch: int,
+        start: int = 0,
+        weights: npt.NDArray[np.floating] | None = None,
+        groups: npt.NDArray[np.integer] | None = None,
+    ) -> Iterator[HostBatch]:
         """The batches of an epoch from step `start`; it ends the epoch before, if that is still under way.
 
-        With `weights` (N,), one for each image of the source, images are drawn with replacement in proportion to them.
+        With `weights` (N,), one for each image of the source, images are drawn in proportion to them: each draw by
+        itself, with replacement; or, with `groups` (N,), so that every group and every image comes as often as its
+        share of the weights says, rounded up or down.
         Raises DataError at an image that cannot be read and may not, or cannot, be replaced.
         """
         if self._running is not None:
             self._running.close()
-        self._running = self._batches(self._requests(epoch, start, weights))
+        self._running = self._batches(self._requests(epoch, start, weights, groups))
         return self._running
 
     def indices(self, epoch: int, step: int) -> I64:
@@ -158,10 +177,17 @@ class Loader:
         if self._processes is not None:
             self._processes.close()
 
-    def _requests(self, epoch: int, start: int, weights: npt.NDArray[np.floating] | None) -> Iterator[_Request]:
-        order = partial(self._permuted, epoch) if weights is None else self._sampled(epoch, weights)
+    def _requests(
+        self,
+        epoch: int,
+        start: int,
+        weights: npt.NDArray[np.floating] | None,
+        groups: npt.NDArray[np.integer] | None,
+    ) -> Iterator[_Request]:
+        order = partial(self._permuted, epoch) if weights is None else self._sampled(epoch, weights, groups)
         for step in range(start, self.steps_per_epoch):
-            yield _Request(epoch, order(self._positions(step)))
+            positions = self._positions(step)
+            yield _Request(epoch, order(positions), None if weights is None else self._total + positions)
 
     def _positions(self, step: int) -> I64:
         """This rank's positions in the epoch."""
@@ -173,11 +199,20 @@ class Loader:
     def _permuted(self, epoch: int, positions: I64) -> I64:
         return self._choose(seeds.permuted(positions, self.images, seeds.seed_of(self._seed, "order", epoch)))
 
-    def _sampled(self, epoch: int, weights: npt.NDArray[np.floating]) -> Callable[[I64], I64]:
-        """From positions to images, by the inverse of the cumulative weights."""
+    def _sampled(
+        self, epoch: int, weights: npt.NDArray[np.floating], groups: npt.NDArray[np.integer] | None
+    ) -> Callable[[I64], I64]:
+        """From positions to images, by the inverse of the cumulative weights.
+
+        With groups, the images of each lie side by side, in an order of this epoch, and the draws are one step apart
+        all along the line ("systematic sampling"); positions take them in a shuffled order.
+        """
         if weights.shape != (self._total,):
             raise ValueError(f"{self._total} images need as many weights, not {weights.shape}")
         rows = self._choose(np.arange(self.images))
+        if groups is not None:
+            shuffled = seeds.bits(seeds.seed_of(self._seed, "within", epoch), rows)
+            rows = rows[np.lexsort((shuffled, groups[rows]))]
         cumulative = np.cumsum(weights[rows], dtype=np.float64)
         whole = cumulative[-1]
         if not (weights.min() >= 0 and 0 < whole < np.inf):
@@ -186,8 +221,10 @@ class Loader:
         key = seeds.seed_of(self._seed, "sample", epoch)
 
         def order(positions: I64) -> I64:
-            # 53 bits: with the 24 of a float32, most of a hundred million images would never be drawn
-            draw = (seeds.bits(key, positions) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            if groups is None:  # 53 bits: with the 24 of a float32, most of 100 million images would never be drawn
+                draw = (seeds.bits(key, positions) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            else:
+                draw = (seeds.permuted(positions, self.images, key) + seeds.uniform(key, 0)) / self.images
             drawn: I64 = rows[np.minimum(np.searchsorted(cumulative, draw * whole, side="right"), last)]
             return drawn
 
@@ -251,16 +288,17 @@ class _Maker(Dataset[HostBatch | _Failure]):
 
     def __getitem__(self, request: _Request) -> HostBatch | _Failure:
         if self._look is None:
-            return self._gathered(request.rows)
+            return self._gathered(request)
         try:
             return self._looked(self._look, request)
         except DataError as error:
             return _Failure(error.message, error.hint)
 
-    def _gathered(self, rows: I64) -> HostBatch:
-        images = self._source.resident()
+    def _gathered(self, request: _Request) -> HostBatch:
+        images, rows = self._source.resident(), request.rows
         assert images is not None, "checked when the loader was made"
-        return HostBatch(torch.from_numpy(rows), [], torch.from_numpy(images[rows]), self._labels(rows))
+        whole = torch.from_numpy(images[rows])
+        return HostBatch(torch.from_numpy(rows), [], whole, self._labels(rows), _tensor(request.draws))
 
     def _looked(self, look: LookAt, request: _Request) -> HostBatch:
         shown = request.rows.copy()
@@ -269,7 +307,7 @@ class _Maker(Dataset[HostBatch | _Failure]):
         for row, wanted in enumerate(request.rows.tolist()):
             index, image = self._read(wanted, request.epoch, skipped)
             shown[row] = index
-            seen = look(image, index, request.epoch)
+            seen = look(image, index if request.draws is None else int(request.draws[row]), request.epoch)
             if row == 0:
                 views = [np.empty((len(shown), *view.shape), dtype=view.dtype) for view in seen]
             for batch, view in zip(views, seen, strict=True):
@@ -279,6 +317,7 @@ class _Maker(Dataset[HostBatch | _Failure]):
             [torch.from_numpy(view) for view in views],
             None,
             self._labels(shown),
+            _tensor(request.draws),
             tuple(skipped),
         )
 
@@ -313,6 +352,10 @@ class _Maker(Dataset[HostBatch | _Failure]):
     def _labels(self, rows: I64) -> Tensor | None:
         labels = self._source.labels
         return None if labels is None else torch.from_numpy(labels[rows])
+
+
+def _tensor(numbers: I64 | None) -> Tensor | None:
+    return None if numbers is None else torch.from_numpy(numbers)
 
 
 def _pinned(made: HostBatch | _Failure) -> HostBatch | _Failure:

@@ -18,7 +18,7 @@ from sslcli.data.loader import Loader, LookAt
 from sslcli.data.source import U8, Source, UnreadableImage
 from sslcli.engine import loop, optim
 from sslcli.engine.feed import Feed
-from sslcli.engine.look import features_of
+from sslcli.engine.look import share_of
 from sslcli.errors import DataError, PresetError
 from sslcli.nn.norm import group_batch_norm
 from sslcli.seeds import seed_here, seed_of
@@ -243,14 +243,17 @@ def listed(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def look_of(training: loop.Training, source: Source, preset: PretrainPreset) -> Look:
-    """One un-augmented pass over all images, as clustering methods want it; unreadable images get a row of zeros."""
+    """One un-augmented pass over this rank's share of the images, as clustering methods want it.
+
+    Unreadable images get a row of zeros.
+    """
     method, view = training.method, build_eval(preset.views.eval_view)
 
     def look(features: Callable[[Tensor], Tensor]) -> Tensor:
         method.eval()
         pass_over = partial(
-            features_of,
-            lambda images: {"rows": features(images)},
+            share_of,
+            features,
             source,
             view,
             batch_size=images_per_rank(preset),
@@ -258,10 +261,8 @@ def look_of(training: loop.Training, source: Source, preset: PretrainPreset) -> 
             device=dist.device(),
             network=method,
         )
-        found = dist.lent(training.wrapped, pass_over)
+        rows = dist.lent(training.wrapped, pass_over)
         method.train()
-        rows = torch.zeros(len(source), found.rows["rows"].shape[1])
-        rows[torch.from_numpy(found.kept)] = torch.from_numpy(found.rows["rows"])
-        return rows
+        return torch.from_numpy(rows)
 
     return look

@@ -44,9 +44,11 @@ class Feed:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def epoch(self, at: Progress, weights: np.ndarray | None) -> Iterator[Batch]:
-        """The rest of the current epoch, from the step `at` stands at."""
-        host = self._timed(self.loader.epoch(at.epoch, at.step_in_epoch, weights))
+    def epoch(
+        self, at: Progress, weights: np.ndarray | None = None, groups: np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """The rest of the current epoch, from the step `at` stands at; weights and groups as the loader has them."""
+        host = self._timed(self.loader.epoch(at.epoch, at.step_in_epoch, weights, groups))
         made = (self.on_device(batch, at.epoch) for batch in host)
         batches = made if self._copies is None else self._ahead(made)
         return traced(batches, at.step) if "SSL_TRACE" in os.environ else batches
@@ -64,7 +66,7 @@ class Feed:
     @torch.no_grad()
     def on_device(self, host: HostBatch, epoch: int) -> Batch:
         """What is left to do of the views of a host batch, on the device."""
-        index = host.index.numpy()
+        index = host.numbers
         if host.images is not None:
             crops = self._views.crop_batch(host.images.to(self._device, non_blocking=True), index, epoch)
         else:

@@ -63,9 +63,52 @@ def features_of(
     Raises:
         DataError: not one image could be read; or one could not, and the source's policy is to stop.
     """
+    found = _own(apply, source, look, batch_size, workers, device, network, progress)
+    gathered = _gathered(found.rows, found.read, device, len(source), everywhere)
+    everyone = {index: line for part in dist.gather_objects(found.skipped) for index, line in part.items()}
+    return Pass(*gathered, dict(sorted(everyone.items())))
+
+
+def share_of(
+    apply: Callable[[Tensor], Tensor],
+    source: Source,
+    look: EvalLook,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    network: nn.Module | None = None,
+) -> F32:
+    """Rows (n, D) of this rank's share of the images (`dist.share`), zeros for what cannot be read; see `features_of`.
+
+    Raises:
+        DataError: not one image of any rank could be read; or one could not, and the source's policy is to stop.
+    """
+    found = _own(lambda images: {"rows": apply(images)}, source, look, batch_size, workers, device, network, None)
+    width = _agreed(dist.gather_objects(_widths_of(found.rows)), len(source))["rows"]
+    return found.rows.get("rows", np.zeros((len(found.read), width), dtype=np.float32))
+
+
+class _Own(NamedTuple):
+    """What one rank has seen: rows (n, D) of its share, which of them could be read, and what could not."""
+
+    rows: dict[str, F32]
+    read: npt.NDArray[np.bool_]
+    skipped: dict[int, str]
+
+
+def _own(
+    apply: Callable[[Tensor], dict[str, Tensor]],
+    source: Source,
+    look: EvalLook,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    network: nn.Module | None,
+    progress: Callable[[int, int], None] | None,
+) -> _Own:
     assert network is None or not network.training, "a network in training mode would learn from the images it looks at"
-    total, rank, world = len(source), dist.rank(), dist.world()
-    mine = range(total * rank // world, total * (rank + 1) // world)
+    mine = dist.share(len(source))
     rows: dict[str, F32] = {}
     read = np.zeros(len(mine), dtype=np.bool_)
     skipped: dict[int, str] = {}
@@ -86,9 +129,7 @@ def features_of(
             done += len(at) + len(part.skipped)
             if progress is not None:
                 progress(done, len(mine))
-    gathered = _gathered(rows, read, device, total, everywhere)
-    everyone = {index: line for part in dist.gather_objects(skipped) for index, line in part.items()}
-    return Pass(*gathered, dict(sorted(everyone.items())))
+    return _Own(rows, read, skipped)
 
 
 class _Part(NamedTuple):
@@ -147,11 +188,9 @@ def _gathered(
     rows: dict[str, F32], read: npt.NDArray[np.bool_], device: torch.device, total: int, everywhere: bool
 ) -> tuple[dict[str, F32], I64]:
     """All ranks' rows without the unread ones, and the index of each."""
-    found = dist.gather_objects(({name: block.shape[1] for name, block in rows.items()}, read))
+    found = dist.gather_objects((_widths_of(rows), read))
     kept = np.flatnonzero(np.concatenate([share for _, share in found])).astype(np.int64)
-    widths = next((widths for widths, _ in found if widths), None)
-    if widths is None:
-        raise DataError(f"not one of the {total} images can be read", hint="point to readable images")
+    widths = _agreed([widths for widths, _ in found], total)
     if dist.world() == 1:
         return {name: block if len(kept) == total else block[kept] for name, block in rows.items()}, kept
     if not everywhere and not dist.is_main():
@@ -162,6 +201,18 @@ def _gathered(
         shares = [share for _, share in found]
         whole[name] = _exchange(block, shares, device, wanted=everywhere or dist.is_main())
     return whole, kept
+
+
+def _widths_of(rows: dict[str, F32]) -> dict[str, int]:
+    return {name: block.shape[1] for name, block in rows.items()}
+
+
+def _agreed(widths: Sequence[dict[str, int]], total: int) -> dict[str, int]:
+    """Names and lengths of rows, from whichever rank could read an image."""
+    for some in widths:
+        if some:
+            return some
+    raise DataError(f"not one of the {total} images can be read", hint="point to readable images")
 
 
 def _exchange(block: F32, shares: list[npt.NDArray[np.bool_]], device: torch.device, *, wanted: bool) -> F32:

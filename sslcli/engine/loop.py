@@ -38,6 +38,11 @@ class Training:
     lr: float
     """Effective base learning rate."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether some of the state lies in shares, so that all ranks write it."""
+        return any(dist.is_share(x) for x in self.method.state_dict().values())
+
     def state(self) -> State:
         """Everything that changes with time."""
         return {
@@ -81,8 +86,9 @@ def fit(
     method.train()
     while not at.done:
         if at.starts_epoch:
-            method.before_epoch(at, look)
-        for batch in feed.epoch(at, method.sample_weights()):
+            with meter.paused():
+                method.before_epoch(at, look)
+        for batch in feed.epoch(at, method.sample_weights(), method.sample_groups()):
             result, norm, lr = step(training, batch, at, preset)
             at = at.next()
             record.reached(at)
@@ -95,7 +101,7 @@ def fit(
             stopping = dist.any_rank(stop_asked())
             if at.step % every == 0 or at.done or stopping:
                 meter.check(at)
-                if dist.is_main() or run.shard:
+                if dist.is_main() or training.shared:
                     store.save(at.step, checkpoint(at))
             if stopping and not at.done:
                 store.wait()

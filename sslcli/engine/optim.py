@@ -179,16 +179,25 @@ def make_optimizer(groups: Sequence[Group], cfg: AnyOptim, lr: float, device: to
 
 
 def shares_of(state: Group, optimizer: torch.optim.Optimizer) -> Group:
-    """An optimiser's state of whole tensors, cut as its parameters are."""
+    """An optimiser's state of whole tensors, cut and laid out in memory as its parameters are.
+
+    A fused optimiser walks through both as they lie: in another layout every number would meet a wrong one.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     kept = {
         number: {
-            name: dist.share_of(x, params[number]) if isinstance(x, Tensor) and x.shape == params[number].shape else x
+            name: _like(x, params[number]) if isinstance(x, Tensor) and x.shape == params[number].shape else x
             for name, x in values.items()
         }
         for number, values in state["state"].items()
     }
     return {**state, "state": kept}
+
+
+def _like(x: Tensor, parameter: Tensor) -> Tensor:
+    if dist.is_share(parameter):
+        return dist.share_of(x, parameter)
+    return torch.empty_like(parameter, dtype=x.dtype, device=x.device, requires_grad=False).copy_(x)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, base_lr: float, factor: float) -> float:

@@ -121,8 +121,8 @@ def pretrain(
         if dist.is_main() and not (folder / "views.png").exists():
             show_views(feed, preset, at, folder)
         try:
-            keep, shared = preset.run.checkpoints.keep, preset.run.shard and dist.world() > 1
-            with closing(checkpoint.Store(folder, keep, facts.steps_per_epoch, shared=shared)) as store:
+            keep = preset.run.checkpoints.keep
+            with closing(checkpoint.Store(folder, keep, facts.steps_per_epoch, shared=training.shared)) as store:
                 at = loop.fit(
                     training,
                     feed,
@@ -156,7 +156,7 @@ def pretrain(
 
 def show_views(feed: Feed, preset: PretrainPreset, at: Progress, folder: Path) -> None:
     """Draw what the network sees of the first images: `views.png`."""
-    batch = next(iter(feed.epoch(at, None)), None)
+    batch = next(iter(feed.epoch(at)), None)
     if batch is not None:
         views, targets = ([tensor[:8].float().cpu() for tensor in some] for some in (batch.views, batch.targets))
         masks = None if batch.masks is None else batch.masks[:8].cpu()

@@ -53,8 +53,8 @@ class Verdict:
 def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPreset:
     """The same method, backbone, optimiser and schedule on small drawn pictures, for a few steps.
 
-    What cannot stay: images and views become 32 px, the batch 16 per rank and slice; groups of batch norm and
-    of negatives are cut down to fit.
+    What cannot stay: images and views become 32 px, the batch 16 per rank and slice; groups of batch norm,
+    numbers of negatives and of clusters are cut down to fit.
     """
     data = as_data(preset)
     share = 16
@@ -66,8 +66,10 @@ def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPre
         "workers": 0,
     }
     data["views"] = preset.views.shrunk(SIDE).model_dump(mode="json")
-    if isinstance(data["method"].get("negatives"), int):
-        data["method"]["negatives"] = min(data["method"]["negatives"], share)
+    limits = {"negatives": share, "clusters": share, "components": share, "pool": 2 * share, "min_cluster": 2}
+    for size, limit in limits.items():
+        if isinstance(data["method"].get(size), int):
+            data["method"][size] = min(data["method"][size], limit)
     if "image_size" in data["backbone"]:
         data["backbone"]["image_size"] = SIDE
     run = data["run"]

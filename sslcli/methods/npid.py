@@ -39,6 +39,9 @@ class Config(MethodConfig):
     """The share of itself that a row keeps when its image is seen again."""
     ensure_negative: bool = False
     """Never draw an image as a negative of itself."""
+    shard_memory: bool = False
+    """Let every rank hold the rows of its share of the images only, and ranks compare where the rows are; the loss is
+    the same but for rounding."""
     loss: Literal["softmax", "nce"] = "softmax"
     """`softmax`: cross entropy over the image and its negatives (OpenSelfSup, MMSelfSup). `nce`: noise-contrastive
     estimation of the softmax over all images (the paper and its code)."""
@@ -58,7 +61,7 @@ class NPID(Method[Config]):
             )
         self.images = facts.images
         self.head = mlp([backbone.dim, cfg.dim])
-        self.bank = Bank(facts.images, cfg.dim)
+        self.bank = Bank(facts.images, cfg.dim, shard=cfg.shard_memory)
         self.register_buffer("partition", torch.ones(()))  # Z of `nce_loss`, set in the first step
 
     def forward(self, batch: Batch, at: Progress) -> StepResult:
@@ -66,12 +69,13 @@ class NPID(Method[Config]):
         cfg = self.cfg
         features = F.normalize(widen(self.head(self.backbone(batch.views[0]))), dim=1)  # (B, D)
         key = seed_of(at.seed, "npid", at.step)
-        negatives = partial(others, batch.index, self.images, cfg.negatives, key, cfg.ensure_negative)
+        index = self.bank.asked(batch.index)
+        negatives = partial(others, index, self.images, cfg.negatives, key, cfg.ensure_negative)
         if cfg.loss == "nce" and at.step == at.part == 0:
-            z = partition(self.bank.rows, features, batch.index, negatives, cfg.temperature)
+            z = partition(self.bank, self.bank.asked(features), index, negatives, cfg.temperature)
             self.partition.copy_(dist.mean(z))
         loss_of = softmax_loss if cfg.loss == "softmax" else partial(nce_loss, z=self.partition, images=self.images)
-        found = contrast_with_bank(self.bank.rows, features, batch.index, negatives, loss_of, cfg.temperature)
+        found = contrast_with_bank(self.bank, features, index, negatives, loss_of, cfg.temperature)
         self.bank.update(batch.index, features, cfg.momentum)
         return StepResult(found.loss, {"top1": found.top1})
 
@@ -109,13 +113,13 @@ def nce_loss(logits: Tensor, z: Tensor, images: int) -> Tensor:
 
 @torch.no_grad()
 def partition(
-    bank: Tensor, features: Tensor, index: Tensor, negatives: Callable[[slice], Tensor], temperature: float
+    bank: Tensor | Bank, features: Tensor, index: Tensor, negatives: Callable[[slice], Tensor], temperature: float
 ) -> Tensor:
     """Z, the constant that makes exp(logit) / Z a probability: N times the mean of exp(logit) (equation 8)."""
     with no_autocast(features):
         sums = [logits.exp().sum() for *_, logits in slices(bank, features, index, negatives, temperature)]
     compared = len(features) * (1 + negatives(slice(0, 1)).shape[1])
-    return torch.stack(sums).sum() / compared * len(bank)
+    return torch.stack(sums).sum() / compared * (len(bank) if isinstance(bank, Tensor) else bank.images)
 
 
 build = NPID

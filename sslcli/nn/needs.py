@@ -28,3 +28,17 @@ def need_patches(backbone: Backbone, method: str) -> None:
             f"`{method}` hides patches, which a `{type(backbone).__name__}` does not have",
             hint="use a vision transformer, e.g. `backbone: {name: vit}`",
         )
+
+
+def need_clusters(facts: RunFacts, clusters: int, each: int = 1) -> None:
+    """Make sure that there are images enough for at least two clusters of so many images each.
+
+    Raises:
+        UserError: there are not.
+    """
+    if clusters < 2 or clusters * each > facts.images:
+        most = facts.images // each
+        raise UserError(
+            f"`method.clusters` {clusters} with at least {each} images each do not go with {facts.images} images",
+            hint=f"set `method.clusters` to 2 or more, and at most {most}; a hundredth of the images is usual",
+        )

@@ -13,8 +13,9 @@ from torch import Tensor
 from sslcli.config.views import CropGroup, Crops
 from sslcli.views import colour, reference
 from sslcli.views.kind import Seen
-from sslcli.views.params import Boxes, Colours, Ints, boxes, colours
+from sslcli.views.params import Boxes, Colours, Ints, angles, boxes, colours
 from sslcli.views.resize import Pixels, resize_crop, resize_crops
+from sslcli.views.rotate import turned, turned_all
 
 
 @final
@@ -51,7 +52,7 @@ class CropViews:
         for size in dict.fromkeys(group.size for group in self._groups):
             views = [view for view, group in enumerate(self._groups) if group.size == size]
             draws = Colours.join([self._colours(view, index, epoch) for view in views])
-            together = torch.cat([crops[view] for view in views])
+            together = torch.cat([self._turned(crops[view], view, index, epoch) for view in views])
             parts = torch.split(colour.finish(together, draws, self.cfg.normalize), len(index))
             done.update(zip(views, parts, strict=True))
         return [done[view] for view in range(self.cfg.count)]
@@ -62,6 +63,7 @@ class CropViews:
         for view, group in enumerate(self._groups):
             box = self._boxes(view, _one(index), epoch, image.shape[:2])
             picture = reference.resized_crop(Image.fromarray(image), box, group.size, group.interpolation)
+            picture = turned(picture, float(angles(self.seed, epoch, view, _one(index), group)[0]))
             picture = reference.recoloured(picture, self._colours(view, _one(index), epoch))
             out.append(reference.standardised(picture, self.cfg.normalize))
         return out
@@ -77,6 +79,10 @@ class CropViews:
 
     def _boxes(self, view: int, index: Ints, epoch: int, image_size: Sequence[int]) -> Boxes:
         return boxes(self.seed, epoch, view, index, self._groups[view], *image_size)
+
+    def _turned(self, crops: Tensor, view: int, index: Ints, epoch: int) -> Tensor:
+        group = self._groups[view]
+        return turned_all(crops, angles(self.seed, epoch, view, index, group)) if group.rotate else crops
 
     def _colours(self, view: int, index: Ints, epoch: int) -> Colours:
         return colours(self.seed, epoch, view, index, self._groups[view])

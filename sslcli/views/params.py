@@ -162,6 +162,12 @@ def colours(seed: int, epoch: int, view: int, index: Ints, group: CropGroup) -> 
     )
 
 
+def angles(seed: int, epoch: int, view: int, index: Ints, group: CropGroup) -> F32:
+    """Degrees (B,) by which one view of images `index` (B,) is turned, counter-clockwise."""
+    u = uniform(seed_of(seed, "views", epoch, view, "turn"), index)
+    return _between(u.astype(np.float64), (-group.rotate, group.rotate)).astype(np.float32)
+
+
 def _jitter(u: F32, group: CropGroup) -> tuple[Ints, F32]:
     """Order (B, 4) and factors (B, 4) of the jitter from uniform draws (B, 6)."""
     jitter = group.jitter

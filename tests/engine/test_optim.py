@@ -23,6 +23,7 @@ from sslcli.engine.optim import (
     param_groups,
     set_lr,
     set_weight_decay,
+    shares_of,
     table,
 )
 from sslcli.errors import PresetError
@@ -419,3 +420,31 @@ def test_layer_decay_multiplies_what_the_rules_say(net: Net) -> None:
     assert found["trunk.0.bias"] == 4.0
     assert found["trunk.3.weight"] == 0.5
     assert found["predictor.weight"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_state_stored_in_another_layout_goes_on_as_if_nothing_had_happened(name):
+    """Checkpoints in shares hold plain layouts; `run.channels_last` may change between a run and its resumption."""
+
+    def optimizer_of(weight: torch.nn.Parameter) -> torch.optim.Optimizer:
+        group = {"params": [weight]}
+        if name == "sgd":
+            return torch.optim.SGD([group], 0.1, momentum=0.9, fused=True)
+        return torch.optim.AdamW([group], 0.1, fused=True)
+
+    last = torch.channels_last
+    start, *gradients = torch.randn(4, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(start.clone(memory_format=last))
+    straight = optimizer_of(weight)
+    for gradient in gradients[:2]:
+        weight.grad = gradient.contiguous(memory_format=last)
+        straight.step()
+    stored = straight.state_dict()
+    plain = {number: {key: x.contiguous() for key, x in kept.items()} for number, kept in stored["state"].items()}
+    resumed = torch.nn.Parameter(weight.detach().clone(memory_format=last))
+    other = optimizer_of(resumed)
+    other.load_state_dict(shares_of({**stored, "state": plain}, other))
+    for one, optimizer in ((weight, straight), (resumed, other)):
+        one.grad = gradients[2].contiguous(memory_format=last)
+        optimizer.step()
+    torch.testing.assert_close(resumed, weight, rtol=0, atol=0)

@@ -23,13 +23,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "barlowtwins": {"dim": 24, "hidden": 32},
     "byol": {"dim": 16, "hidden": 32},
     "cae": {"target": "pixels", "heads": 2, "regressor_depth": 1, "decoder_depth": 1},
+    "deepcluster": {"clusters": 8, "components": 4},
     "densecl": {"queue": 64},
     "dino": {"prototypes": 32, "hidden": 32, "bottleneck": 16},
+    "interclr": {"queue": 64, "clusters": 4, "min_cluster": 2, "negatives": 16, "pool": 32},
     "mae": {"width": 16, "depth": 1, "heads": 2},
     "maskfeat": {"cell": 4},
     "moco": {"queue": 64},
     "mocov3": {"dim": 16, "hidden": 32},
     "npid": {"negatives": 32},
+    "odc": {"hidden": 32, "dim": 16, "clusters": 4, "min_cluster": 2},
     "relative_loc": {"hidden": 32},
     "simsiam": {"dim": 32, "bottleneck": 8},
     "swav": {"prototypes": 32, "queue": 16, "queue_from_epoch": 0, "freeze_steps": 1},
@@ -120,9 +123,11 @@ def train(method: Method[Any], steps: int, seed: int = 0) -> Method[Any]:
     optimizer, wrapped = sgd(method), dist.wrap(method)
 
     def look(features: Callable[[Tensor], Tensor]) -> Tensor:
+        images = torch.randn(IMAGES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(99))
+        share = dist.share(IMAGES)
         method.eval()
         with torch.no_grad():
-            rows = features(torch.randn(IMAGES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(99)))
+            rows = features(images[share.start : share.stop])
         method.train()
         return rows
 

@@ -151,10 +151,10 @@ def test_negatives_depend_on_image_and_step_alone():
     assert not torch.equal(whole[0], whole[1])
 
 
-def two_steps(loss: str) -> tuple[Tensor, Tensor, Tensor]:
+def two_steps(loss: str, shard: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss, gradient and bank after two steps of eight images, over however many ranks there are."""
     torch.manual_seed(0)
-    method = npid.build(npid.Config(dim=6, negatives=20, loss=loss), Still(10), facts(8)).double()
+    method = npid.build(npid.Config(dim=6, negatives=20, loss=loss, shard_memory=shard), Still(10), facts(8)).double()
     rank, world = dist.rank(), dist.world()
     for step in range(2):
         x = torch.randn(8, 10, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
@@ -163,13 +163,14 @@ def two_steps(loss: str) -> tuple[Tensor, Tensor, Tensor]:
         batch = Batch(views=[x.chunk(world)[rank]], index=index.chunk(world)[rank])
         result = method(batch, at(step))
         result.loss.backward()
-    return dist.mean(result.loss), dist.mean(method.head[0].weight.grad), method.bank.rows
+    return dist.mean(result.loss), dist.mean(method.head[0].weight.grad), method.bank.fetch(torch.arange(50))
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("loss", ["softmax", "nce"])
-def test_two_ranks_equal_one(two_ranks, loss):
-    for found in two_ranks(two_steps, loss):
+def test_two_ranks_equal_one(two_ranks, loss, shard):
+    for found in two_ranks(two_steps, loss, shard):
         torch.testing.assert_close(found, two_steps(loss))
 
 

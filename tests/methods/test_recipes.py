@@ -256,3 +256,53 @@ def test_cae(name, epochs, warmup, hidden, drop_path, aligned_with):
     said(preset.schedule, name="cosine", by="step")
     said(preset.schedule.warmup, epochs=warmup, start=0.0, shape="linear", by="step", subtract=True)
     said(preset.run, epochs=epochs, clip=3.0)
+
+
+CLUSTERING_JITTER = {"p": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 1.0, "hue": 0.5}
+
+
+@pytest.mark.parametrize(("name", "sobel"), [("deepcluster-sobel-r50-200e", True), ("deepcluster-r50-200e", False)])
+def test_deepcluster(name, sobel):
+    preset = preset_of(name)
+    said(preset.method, name="deepcluster", clusters=10000, components=256, iterations=20, every=1)
+    said(preset.method, balance=True, reweight=0.0)
+    (group,) = preset.views.groups
+    said(group, repeat=1, size=224, scale=[0.08, 1.0], rotate=2.0, jitter=CLUSTERING_JITTER, grey=0.2, blur=None)
+    said(group, interpolation="bilinear", flip=0.5, grey_first=False)
+    said(preset.optim, name="sgd", lr=0.1, momentum=0.9, weight_decay=1e-5)
+    (rule,) = preset.optim.rules
+    said(rule, match="^head", momentum=0.0)
+    said(preset.schedule, name="step", at=[400], gamma=0.1, by="epoch")
+    said(preset.run, epochs=200, batch_norm=64)
+    said(preset.backbone, depth=50, sobel=sobel, zero_init_residual=False)
+    assert preset.data.batch_size == 512
+    assert preset.optim.effective_lr(512) == 0.1
+
+
+def test_odc():
+    preset = preset_of("odc-r50-440e")
+    said(preset.method, name="odc", hidden=512, dim=256, dropout=0.5, clusters=10000, iterations=20, momentum=0.5)
+    said(preset.method, centroids_every=10, min_cluster=20, reweight=0.5, replace=True)
+    (group,) = preset.views.groups
+    said(group, size=224, scale=[0.08, 1.0], rotate=2.0, jitter=CLUSTERING_JITTER, grey=0.2, blur=None)
+    said(preset.optim, name="sgd", momentum=0.9, weight_decay=1e-5)
+    (rule,) = preset.optim.rules
+    said(rule, match="^head", momentum=0.0)
+    said(preset.schedule, name="step", at=[400], gamma=0.4, by="epoch")
+    said(preset.run, epochs=440, batch_norm="global")
+    said(preset.backbone, depth=50, sobel=False)
+    assert preset.data.batch_size == 512
+    assert preset.optim.effective_lr(512) == 0.06
+
+
+def test_interclr():
+    preset = preset_of("interclr-r50-200e")
+    said(preset.method, name="interclr", dim=128, hidden=None, queue=65536, momentum=0.999, temperature=0.2)
+    said(preset.method, clusters=10000, memory_momentum=0.0, centroids_every=10, min_cluster=20, share_head=True)
+    said(preset.method, inter=0.25, warmup_epochs=0, choose="semihard", negatives=16384, pool=128000, replace=True)
+    said(preset.method, intra_cosine_margin=0.0, intra_arc_margin=0.0, inter_cosine_margin=-0.5, inter_arc_margin=0.0)
+    assert preset.views == preset_of("mocov2-r50-200e").views
+    assert preset.optim == preset_of("mocov2-r50-200e").optim
+    assert preset.schedule == preset_of("mocov2-r50-200e").schedule
+    said(preset.run, epochs=200, batch_norm=32)
+    assert preset.data.batch_size == 256
