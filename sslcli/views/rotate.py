@@ -41,4 +41,5 @@ def _terms(degrees: F32, size: int) -> Ints:
         a, b = round(cos(turn), 15), round(sin(turn), 15)
         c, f = size / 2 - (a + b) * size / 2, size / 2 - (a - b) * size / 2
         found.append((a, b, c + (a + b) * 0.5, -b, a, f + (a - b) * 0.5))
-    return np.floor(np.array(found, dtype=np.float64) * 2**BITS + 0.5).astype(np.int64)
+    terms: Ints = np.floor(np.array(found, dtype=np.float64) * 2**BITS + 0.5).astype(np.int64)
+    return terms

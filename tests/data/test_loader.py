@@ -289,6 +289,29 @@ def test_weights_with_a_fraction_ranks_and_workers(images: Source) -> None:
                 assert torch.equal(share.index, whole.index.chunk(2)[rank])
 
 
+def test_groups_and_images_come_as_often_as_they_weigh() -> None:
+    groups = np.array([0] * 18 + [1] * 2 + [2] * 10)
+    weights = 1 / np.bincount(groups)[groups]
+    made = loader(numbers(30), batch_size=5)
+    orders = []
+    for epoch in range(20):
+        drawn = np.concatenate([batch.index.numpy() for batch in made.epoch(epoch, 0, weights, groups)])
+        assert np.bincount(groups[drawn]).tolist() == [10, 10, 10]
+        times = np.bincount(drawn, minlength=30)
+        assert set(times[:18]) <= {0, 1}
+        assert times[18:20].tolist() == [5, 5]
+        assert set(times[20:]) == {1}
+        orders.append(drawn.tolist())
+    assert orders[0] != orders[1]
+    assert len(set(np.concatenate(orders))) == 30  # those of a large group take turns
+    rest = [int(i) for batch in made.epoch(3, 4, weights, groups) for i in batch.index]
+    assert rest == orders[3][20:]
+    for rank in range(5):
+        mine = [int(i) for b in loader(numbers(30), batch_size=5, rank=rank, world=5).epoch(3, 0, weights, groups)
+                for i in b.index]  # fmt: skip
+        assert mine == orders[3][rank::5]
+
+
 @pytest.mark.parametrize("weights", [np.zeros(30), np.full(30, -1.0), np.full(30, np.nan), np.ones(29)])
 def test_useless_weights_are_refused(weights: np.ndarray) -> None:
     with pytest.raises(ValueError, match="weights"):

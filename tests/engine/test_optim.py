@@ -440,7 +440,8 @@ def test_a_state_stored_in_another_layout_goes_on_as_if_nothing_had_happened(nam
         weight.grad = gradient.contiguous(memory_format=last)
         straight.step()
     stored = straight.state_dict()
-    plain = {number: {key: x.contiguous() for key, x in kept.items()} for number, kept in stored["state"].items()}
+    as_stored = torch.contiguous_format
+    plain = {n: {k: x.clone(memory_format=as_stored) for k, x in kept.items()} for n, kept in stored["state"].items()}
     resumed = torch.nn.Parameter(weight.detach().clone(memory_format=last))
     other = optimizer_of(resumed)
     other.load_state_dict(shares_of({**stored, "state": plain}, other))
