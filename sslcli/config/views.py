@@ -168,6 +168,10 @@ class Crops(ViewKind):
                 return self.model_copy(update={"groups": tuple(groups)})
         return None
 
+    def twice(self) -> "Crops":
+        """The first kind of crop, drawn twice."""
+        return self.model_copy(update={"groups": (self.groups[0].model_copy(update={"repeat": 2}),)})
+
     def shrunk(self, side: int) -> Self:
         """Every crop at most `side` pixels."""
         return self.model_copy(update={"groups": tuple(_at_most(group, side) for group in self.groups)})

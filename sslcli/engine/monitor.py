@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sslcli import dist, seeds
 from sslcli.config import presets
+from sslcli.config.views import Crops
 from sslcli.contracts import Batch, Method, Progress
 from sslcli.data.source import I64, Source, UnreadableImage
 from sslcli.engine import health
@@ -49,7 +50,7 @@ class Sample:
     index: Tensor
     """(P,) int64: images of which there are two views."""
     views: list[Tensor]
-    """Two, each (P, 3, s, s) uint8: as training crops them; none where training does not compare two views."""
+    """Two, each (P, 3, s, s) uint8: as training crops them; none where training does not crop."""
 
 
 class Monitor:
@@ -89,6 +90,9 @@ class Monitor:
         self._good: int | None = None
         self._plain_view = build_eval(preset.views.eval_view)
         pair = preset.views.pair()
+        self._comparing = pair is not None
+        if pair is None and isinstance(preset.views, Crops):  # methods of one view have vitals too
+            pair = preset.views.twice()
         self._pair = None if pair is None else build(pair, seeds.seed_of(preset.seed, "views"))
 
     def due(self, at: Progress) -> bool:
@@ -103,7 +107,7 @@ class Monitor:
         """
         begun = perf_counter()
         vitals = self._measure(scalars)
-        verdict = health.judge(vitals, comparing=self._pair is not None, fraction=at.fraction)
+        verdict = health.judge(vitals, comparing=self._comparing, fraction=at.fraction)
         vitals["seconds"] = perf_counter() - begun
         verdict, vitals = dist.broadcast_object((verdict, vitals))
         self._record.health(verdict, vitals, at)
@@ -127,7 +131,8 @@ class Monitor:
             offered = {name: value for name, value in scalars.items() if name == "spread"}
             if self._pair is not None and sample.views:
                 views = self._pair.finish([view.to(device) for view in sample.views], sample.index.numpy(), 0)
-                vitals |= health.measure_pair(*(network(view).float() for view in views))
+                if self._comparing:
+                    vitals |= health.measure_pair(*(network(view).float() for view in views))
                 offered |= method.vitals(Batch(views=views, index=sample.index.to(device)))
         vitals |= {f"method_{name}": float(value) for name, value in offered.items()}
         if len(sample.labels) > 1:
