@@ -18,8 +18,8 @@ from sslcli.cli.options import Json
 from sslcli.errors import EXIT_FAILURE
 
 OLDEST_PYTHON = (3, 11)
-CORE = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-cpu", "safetensors", "matplotlib")
-IMPORTED = ("torch", "torchvision", "timm", "sklearn", "faiss")
+CORE = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors", "matplotlib")
+IMPORTED = ("torch", "torchvision", "timm", "sklearn")
 """Packages with compiled parts: that they are installed does not mean that they load."""
 EXTRAS = ("wandb", "detectron2")
 GB = 1e9

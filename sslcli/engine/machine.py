@@ -69,7 +69,7 @@ def resolved(preset: PretrainPreset, *, resident: bool, reading: Literal["fast",
 
 def environment() -> dict[str, Any]:
     """Versions, devices and place of a run, for `env.json`."""
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow", "pydantic", "scikit-learn", "faiss-cpu")
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow", "pydantic", "scikit-learn")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "ssl": __version__,

@@ -12,7 +12,7 @@ def test_this_machine_is_ready():
     result = CliRunner().invoke(app, ["doctor", "--json"], catch_exceptions=False)
     checks = {check["name"]: check for check in json.loads(result.stdout)}
     assert result.exit_code == 0, result.stdout
-    assert {"python", "torch", "import faiss", "gpu", "ranks", "cpu", "memory", "disk", "folder"} <= checks.keys()
+    assert {"python", "torch", "import sklearn", "gpu", "ranks", "cpu", "memory", "disk", "folder"} <= checks.keys()
     assert {"wandb", "detectron2", "presets", "precision", "compute"} <= checks.keys()
     assert checks["presets"]["state"] == "ok"
     assert all(check["fix"] for check in checks.values() if check["state"] != "ok")
