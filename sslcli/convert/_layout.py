@@ -1,0 +1,129 @@
+"""What a module of this folder promises: the folder is the registry of other tools' layouts.
+
+A module may export `LAYOUTS`, a tuple of `Layout` that are read, and `write`, a `Writer`. Names that begin with an
+underscore are shared parts. `Network` is what passes between: tensors under our names and what is needed to build them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sslcli.config.views import EvalView
+from sslcli.convert._rules import Rule
+
+Tensors = Mapping[str, Tensor]
+IMAGENET = EvalView()
+"""Resized to 256 px, 224 px of it, with ImageNet's mean and deviation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A backbone between two layouts."""
+
+    tensors: dict[str, Tensor]
+    """The trunk, by our names: torchvision's for a ResNet, timm's for the rest."""
+    backbone: dict[str, Any]
+    """The `backbone` section of a preset that builds it."""
+    view: EvalView = IMAGENET
+    """How it wants to be shown an image."""
+    method: str = "unknown"
+    """How it was trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a file says beside its tensors: numbers, words, and settings that were pickled as objects."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """By dotted name, e.g. `arch` or `args.patch_size`."""
+
+    def get(self, *names: str) -> Any:
+        """The value of the first of these names that the file has, otherwise None."""
+        return next((self.values[name] for name in names if name in self.values), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Whose names one kind of network carries, below the prefix at which it stands."""
+
+    name: str
+    """E.g. `timm ViT`."""
+    family: str
+    """Who infers the network from shapes: `resnet`, `vit`, `swin` or `beit`, each `_NAME.py` here."""
+    anchors: tuple[str, ...]
+    """Names that a network in this dialect has, whatever its size."""
+    rules: tuple[Rule, ...]
+    """Between it and our names."""
+    never: tuple[str, ...] = ()
+    """Names that tell it from a dialect with the same anchors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the networks in a file."""
+
+    role: str
+    """`student` (trained by gradient) or `teacher` (its moving average)."""
+    prefix: str
+    """What stands before its names."""
+    said: str
+    """What it is called there, e.g. `query encoder`."""
+    aliases: tuple[str, ...] = ()
+    """Prefixes under which the same tensors are stored again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one tool writes its checkpoints; names without `module.` and without `state_dict` or `model` before them."""
+
+    name: str
+    """E.g. `moco`."""
+    title: str
+    """E.g. `MoCo v1 and v2 (facebookresearch/moco)`."""
+    parts: tuple[Part, ...]
+    """The networks in it; the first is taken unless another is asked for."""
+    dialects: tuple[Dialect, ...]
+    """The names they may carry."""
+    signs: tuple[str, ...] = ()
+    """Regular expressions of which each must match the beginning of some name."""
+    never: tuple[str, ...] = ()
+    """Regular expressions that match the beginning of no name."""
+    beside: tuple[str, ...] = ()
+    """Regular expressions of what else belongs to it: heads, queues, centres."""
+    method: str | Callable[[Tensors, Facts], str] = "unknown"
+    """How it was trained, as `ssl methods` calls it."""
+    view: EvalView = IMAGENET
+    """How its networks want to be shown an image."""
+    settings: Callable[[dict[str, Any], Facts], dict[str, Any]] | None = None
+    """Corrects the inferred backbone where shapes do not tell (heads of MoCo v3, pooling of MAE)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file in another layout."""
+
+    path: Path
+    tensors: int
+    """Written."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Our names that have no place there, with the reason."""
+    difference: float | None = None
+    """Largest difference of features between ours and theirs on random images; None where theirs cannot be built."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know to use it: pixel means, order of channels, position of the stride."""
+
+
+class Writer(Protocol):
+    """`write` of a module here."""
+
+    def __call__(self, network: Network, out: Path) -> Written:
+        """Write the file under a temporary name, then rename it; prove the equality where the other tool is installed.
+
+        Raises:
+            WeightsError: the layout has no place for this network.
+            SslError: the file cannot be written, or the features differ.
+        """
+        ...
