@@ -1,8 +1,9 @@
 """Any network of timm, by its name there (https://huggingface.co/docs/timm)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from sslcli.config.base import BackboneConfig
@@ -11,6 +12,8 @@ from sslcli.config.types import Count
 from sslcli.contracts import Backbone
 from sslcli.errors import PresetError
 from sslcli.nn.taps import check_taps
+
+Argument = bool | int | float | str | tuple[int, ...] | None
 
 
 class Config(BackboneConfig):
@@ -21,6 +24,8 @@ class Config(BackboneConfig):
     """Its name, e.g. `vit_small_patch16_224`."""
     image_size: Count | None = None
     """Side of the images in pixels, for networks whose shape depends on it; when absent, the network's own."""
+    args: dict[str, Argument] = Field(default={})
+    """What else the network is built with, under timm's names, e.g. `{reg_tokens: 4}`."""
 
 
 @final
@@ -31,7 +36,7 @@ class Timm(Backbone):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.trunk = timm_trunk(cfg.model, cfg.image_size)
+        self.trunk = timm_trunk(cfg.model, cfg.image_size, cfg.args)
         self.dim = int(self.trunk.head_hidden_size)
         self.stages = tuple(str(stage["module"]) for stage in self.trunk.feature_info)
 
@@ -67,11 +72,12 @@ class Timm(Backbone):
         return (*self.stages, "pooled")
 
 
-def timm_trunk(model: str, image_size: int | None) -> nn.Module:
+def timm_trunk(model: str, image_size: int | None, args: Mapping[str, Argument]) -> nn.Module:
     """The network `model` of timm without classifier.
 
     Raises:
-        PresetError: there is none of that name, or its shape does not depend on the image size.
+        PresetError: there is none of that name, its shape does not depend on the image size, or it does not take an
+            argument.
     """
     import timm
 
@@ -81,15 +87,16 @@ def timm_trunk(model: str, image_size: int | None) -> nn.Module:
             f"`backbone.model`: timm {timm.__version__} has no network `{model}`",
             hint=f"did you mean `{close}`?" if close else "`timm.list_models()` names them all",
         )
-    if image_size is None:
-        return timm.create_model(model, num_classes=0)
+    size = {} if image_size is None else {"img_size": image_size}
     try:
-        return timm.create_model(model, num_classes=0, img_size=image_size)
-    except TypeError:
-        raise PresetError(
-            f"`backbone.image_size`: the shape of `{model}` does not depend on the size of images",
-            hint="leave `backbone.image_size` out",
-        ) from None
+        return timm.create_model(model, num_classes=0, **size, **args)
+    except TypeError as error:
+        if image_size is not None and "img_size" in str(error):
+            raise PresetError(
+                f"`backbone.image_size`: the shape of `{model}` does not depend on the size of images",
+                hint="leave `backbone.image_size` out",
+            ) from None
+        raise PresetError(f"`backbone.args`: timm cannot build `{model}` with them: {error}") from None
 
 
 build = Timm

@@ -34,6 +34,9 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _MOST = 300_000
 """Values that a file may hold, counted with repetition: fewer than memory, more than any checkpoint."""
 
+_WORDS = 1_000_000
+"""Bytes of the longest description that is read beside a file."""
+
 DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -283,12 +286,16 @@ def _members(thing: Thing) -> Iterable[tuple[str, Any]]:
 
 
 def _beside(path: Path) -> dict[str, Any]:
-    """What Hugging Face's `config.json` beside a file says, under `config.`."""
-    file = path.with_name("config.json")
-    try:
-        if not file.is_file() or file.stat().st_size > 1_000_000:
-            return {}
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {f"config.{key}": value for key, value in found.items()} if isinstance(found, dict) else {}
+    """What Hugging Face's files beside a file say, under `config.` and `preprocessor.`."""
+    found: dict[str, Any] = {}
+    for name, prefix in (("config.json", "config"), ("preprocessor_config.json", "preprocessor")):
+        file = path.with_name(name)
+        try:
+            told = (
+                json.loads(file.read_text(encoding="utf-8")) if file.is_file() and file.stat().st_size < _WORDS else {}
+            )
+        except (OSError, ValueError):
+            continue
+        if isinstance(told, dict):
+            found |= {f"{prefix}.{key}": value for key, value in told.items()}
+    return found

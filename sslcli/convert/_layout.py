@@ -11,12 +11,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sslcli.config.views import EvalView
+from sslcli.config.views import EvalView, Normalize
 from sslcli.convert._rules import Rule
 
 Tensors = Mapping[str, Tensor]
 IMAGENET = EvalView()
 """Resized to 256 px, 224 px of it, with ImageNet's mean and deviation."""
+BICUBIC = EvalView(interpolation="bicubic")
+"""The same with bicubic resizing, as transformers are mostly evaluated."""
+HALF = EvalView(interpolation="bicubic", normalize=Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+"""The same with colours in [-1, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +50,33 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class Inferred:
+    """A network that shapes tell of."""
+
+    backbone: dict[str, Any]
+    """The `backbone` section of a preset."""
+    notes: tuple[str, ...] = ()
+    """What shapes do not tell and had to be taken."""
+
+
+@dataclass(frozen=True, slots=True)
 class Dialect:
     """Whose names one kind of network carries, below the prefix at which it stands."""
 
     name: str
     """E.g. `timm ViT`."""
     family: str
-    """Who infers the network from shapes: `resnet`, `vit`, `swin` or `beit`, each `_NAME.py` here."""
+    """Who infers the network from shapes: `resnet`, `vit`, `swin` or `beit`."""
     anchors: tuple[str, ...]
     """Names that a network in this dialect has, whatever its size."""
     rules: tuple[Rule, ...]
     """Between it and our names."""
     never: tuple[str, ...] = ()
-    """Names that tell it from a dialect with the same anchors."""
+    """Names that a network in this dialect never has."""
+    after: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    """What is to be done with several tensors at once, when they have our names."""
+    source: Callable[[Mapping[str, Any], Tensors], Callable[[Tensor], Tensor] | None] | None = None
+    """Their own network with their tensors, images to pooled features; None where it is not to be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +85,8 @@ class Part:
 
     role: str
     """`student` (trained by gradient) or `teacher` (its moving average)."""
-    prefix: str
-    """What stands before its names."""
+    prefixes: tuple[str, ...]
+    """What may stand before its names; the first that a network stands behind."""
     said: str
     """What it is called there, e.g. `query encoder`."""
     aliases: tuple[str, ...] = ()
@@ -88,7 +106,7 @@ class Layout:
     dialects: tuple[Dialect, ...]
     """The names they may carry."""
     signs: tuple[str, ...] = ()
-    """Regular expressions of which each must match the beginning of some name."""
+    """Regular expressions of which each must match the beginning of some name; `top:KEY` asks for a key at the top."""
     never: tuple[str, ...] = ()
     """Regular expressions that match the beginning of no name."""
     beside: tuple[str, ...] = ()
@@ -97,8 +115,8 @@ class Layout:
     """How it was trained, as `ssl methods` calls it."""
     view: EvalView = IMAGENET
     """How its networks want to be shown an image."""
-    settings: Callable[[dict[str, Any], Facts], dict[str, Any]] | None = None
-    """Corrects the inferred backbone where shapes do not tell (heads of MoCo v3, pooling of MAE)."""
+    settings: Callable[[Inferred, str], Inferred] | None = None
+    """Corrects, for a method, the inferred network where shapes do not tell, as heads of MoCo v3."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ def _described(function: Any, args: Any) -> Any:
     if name == "torch._utils._rebuild_tensor_v2" or name == "torch._utils._rebuild_tensor":
         return _tensor_at(*args[:4])
     if name == "torch._utils._rebuild_tensor_v3":
-        return _tensor_at(*args[:4], dtype=args[6].name)
+        return _tensor_at(args[0], args[1], args[2], args[3], args[6].name)
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return args[0]
     if name == "torch._tensor._rebuild_from_type_v2":

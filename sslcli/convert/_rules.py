@@ -152,6 +152,12 @@ def to_theirs(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> Applied:
     return Applied(out, origin, {}, tuple(unexpected), _unused(table, used))
 
 
+def unknown(rules: Iterable[Rule], names: Iterable[str]) -> list[str]:
+    """Those of their names that no rule knows."""
+    table = tuple(rules)
+    return [name for name in names if _first(table, name) is None]
+
+
 def _first(table: tuple[Rule, ...], name: str) -> tuple[int, int, dict[str, str]] | None:
     """Number of the first rule that knows a name of theirs, which of its templates, and what stands in the places."""
     for number, rule in enumerate(table):
