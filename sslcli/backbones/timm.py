@@ -87,9 +87,9 @@ def timm_trunk(model: str, image_size: int | None, args: Mapping[str, Argument])
             f"`backbone.model`: timm {timm.__version__} has no network `{model}`",
             hint=f"did you mean `{close}`?" if close else "`timm.list_models()` names them all",
         )
-    size = {} if image_size is None else {"img_size": image_size}
+    settings: dict[str, Any] = dict(args) if image_size is None else {"img_size": image_size, **args}
     try:
-        return timm.create_model(model, num_classes=0, **size, **args)
+        return timm.create_model(model, num_classes=0, **settings)
     except TypeError as error:
         if image_size is not None and "img_size" in str(error):
             raise PresetError(

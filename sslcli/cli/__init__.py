@@ -10,12 +10,14 @@ import typer
 from sslcli import __version__
 from sslcli.cli import (
     bench,
+    convert,
     data,
     demo,
     doctor,
     evaluate,
     extract,
     features,
+    inspect,
     methods,
     presets,
     pretrain,
@@ -55,6 +57,8 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("resume")(pretrain.resume)
 app.command("extract-backbone")(extract.extract_backbone)
 app.command("extract", hidden=True)(extract.extract_backbone)
+app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
 app.command("features")(features.features)
 app.add_typer(evaluate.app, name="eval")
 app.command("knn", hidden=True)(evaluate.knn)

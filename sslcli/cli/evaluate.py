@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslcli.cli.features import Partial, Passes, Target, share
+from sslcli.cli.features import Partial, Passes, Target, share, weights_of
 from sslcli.cli.methods import title
-from sslcli.cli.options import Gpus, Json, Override, Procs
+from sslcli.cli.options import Gpus, Json, Override, PartOf, Procs
 from sslcli.errors import SslError, UserError
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def command(evaluator: str) -> Callable[..., None]:
         gpus: Gpus = None,
         procs: Procs = None,
         allow_partial: Partial = False,
+        part: PartOf = None,
         as_json: Json = False,
     ) -> None:
         from sslcli import dist
-        from sslcli.features import weights as stored
 
         if data is not None and train is not None:
             raise UserError("`--data` and `--train` exclude each other", hint="use `--train` together with `--test`")
@@ -64,7 +64,9 @@ def command(evaluator: str) -> Callable[..., None]:
         protocol = protocol_of(evaluator, preset or newest(evaluator), override or (), seed, images)
         share(gpus, procs)
         with dist.joined(), Passes() as passes:
-            outcome = _judge(stored.load(target, allow_partial=allow_partial), protocol, tables, floors, passes)
+            outcome = _judge(
+                weights_of(target, allow_partial=allow_partial, part=part), protocol, tables, floors, passes
+            )
         if outcome is None:
             return
         print(json.dumps(asdict(outcome.report), indent=2) if as_json else table(outcome), flush=True)

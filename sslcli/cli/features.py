@@ -6,20 +6,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sslcli.cli.options import Gpus, Procs
+from sslcli.cli.options import Gpus, PartOf, Procs
 from sslcli.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from sslcli.features.weights import Weights
 
 EVERY = 10.0
 """Seconds between lines of progress where there is no terminal."""
 
 Target = Annotated[
-    Path, typer.Argument(metavar="RUN|WEIGHTS", help="Run folder, checkpoint or file of `ssl extract-backbone`.")
+    Path,
+    typer.Argument(metavar="RUN|WEIGHTS", help="Run folder, checkpoint, or file of weights of ssl or another tool."),
 ]
 Partial = Annotated[bool, typer.Option("--allow-partial", help="Accept weights that fit the network only in part.")]
 
@@ -37,11 +41,11 @@ def features(
     gpus: Gpus = None,
     procs: Procs = None,
     allow_partial: Partial = False,
+    part: PartOf = None,
 ) -> None:
     """Write the features of images, their labels and numbers to an .npz file that NumPy reads."""
     from sslcli import dist
     from sslcli.data import guess_source, open_source, other_split
-    from sslcli.features import weights as stored
     from sslcli.features.compute import of_network
 
     wanted = [tap.strip() for tap in taps.split(",") if tap.strip()]
@@ -57,7 +61,7 @@ def features(
         config = found
     share(gpus, procs)
     with dist.joined(), Passes() as passes:
-        weights = stored.load(target, allow_partial=allow_partial)
+        weights = weights_of(target, allow_partial=allow_partial, part=part)
         table = of_network(
             weights.backbone, open_source(config), weights.manifest.view, wanted, what="weights", digest=weights.digest,
             batch_size=batch_size, workers=workers, progress=passes(f"{split} images"), named=True,
@@ -91,6 +95,19 @@ def _split(word: str) -> Literal["train", "test"]:
     if word not in ("train", "test"):
         raise UserError(f"`--split {word}`: there is `train` and `test`")
     return "train" if word == "train" else "test"
+
+
+def weights_of(target: Path, *, allow_partial: bool, part: str | None) -> "Weights":
+    """The weights that a command is pointed at; what is taken of another tool's file, and how, is said once."""
+    from sslcli import dist
+    from sslcli.features.weights import load, whose
+
+    weights = load(target, allow_partial=allow_partial, part=part)
+    if weights.converted is not None and dist.is_main():
+        print(f"{target}: {whose(weights.converted)}, {weights.match.matched} tensors matched", file=sys.stderr)
+        for note in weights.converted.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return weights
 
 
 class Passes:

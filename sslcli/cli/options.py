@@ -16,3 +16,10 @@ DataDir = Annotated[
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs per machine: one process each.")]
 Procs = Annotated[int | None, typer.Option("--procs", min=1, help="CPU processes per machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout.")]
+PartOf = Annotated[
+    str | None,
+    typer.Option("--part", metavar="student|teacher", help="Which network of another tool's file; else the usual one."),
+]
+Layout = Annotated[
+    str | None, typer.Option("--layout", metavar="NAME", help="Whose file it is, where that cannot be told.")
+]

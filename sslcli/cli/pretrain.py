@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sslcli.cli.options import DataDir, Gpus, Override, Preset, Procs
+from sslcli.cli.options import DataDir, Gpus, Override, PartOf, Preset, Procs
 from sslcli.cli.watch import Terminal
 from sslcli.errors import UserError
 
@@ -64,12 +64,13 @@ def pretrain(
         typer.Option(
             "--init-from",
             metavar="FILE|RUN",
-            help="Weights to begin with: of a run of the same method all of them, otherwise the backbone's.",
+            help="Weights to begin with, of any tool: of a run of the same method all, otherwise the backbone's.",
         ),
     ] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="With `--init-from`: take what fits, leave the rest as it starts.")
     ] = False,
+    part: PartOf = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every draw of the run.")] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Refuse non-deterministic kernels.")] = False,
     dry_run: Annotated[
@@ -100,7 +101,7 @@ def pretrain(
     how: Literal["auto", "never"] | Path = (
         "auto" if resume == "auto" else "never" if resume == "never" else Path(resume)
     )
-    start = None if init_from is None else _begins_with(init_from, allow_partial)
+    start = None if init_from is None else _begins_with(init_from, allow_partial, part)
     _run(loaded.preset, folder, how, start, Machines(gpus, procs, nodes, rdzv, max_restarts, slurm or (), dry_run))
 
 
@@ -234,11 +235,11 @@ def _check_before_launch(
     check_batch(preset, len(source), ranks)
 
 
-def _begins_with(what: str, allow_partial: bool) -> "Start":
+def _begins_with(what: str, allow_partial: bool, part: str | None) -> "Start":
     def start(method: "Method[Any]") -> str:
         from sslcli.features.weights import begin_with
 
-        return begin_with(method, what, allow_partial=allow_partial)
+        return begin_with(method, what, allow_partial=allow_partial, part=part)
 
     return start
 

@@ -21,6 +21,8 @@ from sslcli.convert._rules import to_ours, unknown
 from sslcli.errors import WeightsError
 
 PACKAGE = "sslcli.convert"
+HUB = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights in a folder of Hugging Face's."""
 _WRAPPED = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CONTAINERS = (
     "state_dict",
@@ -131,7 +133,7 @@ def recognise(path: Path, *, layout: str | None = None) -> Recognised:
 def inside(path: Path) -> Path:
     """The file of weights in a folder of Hugging Face's; a file itself."""
     if path.is_dir():
-        for name in ("model.safetensors", "pytorch_model.bin"):
+        for name in HUB:
             if (path / name).is_file():
                 return path / name
         raise WeightsError(f"no run, and no `model.safetensors`, in the folder `{path}`", hint="give the file itself")

@@ -124,14 +124,22 @@ class Written:
     """A file in another layout."""
 
     path: Path
+    """The file, or folder."""
     tensors: int
-    """Written."""
+    """How many of ours are in it."""
+    proof: str
+    """How it was shown to be the same network."""
+    difference: float | None = None
+    """Largest difference of features between ours and theirs, relative to the largest feature; None where theirs was
+    not run but read back, every tensor the same to the last bit."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Our names that have no place there, with the reason."""
-    difference: float | None = None
-    """Largest difference of features between ours and theirs on random images; None where theirs cannot be built."""
+    missing: tuple[str, ...] = ()
+    """Their names that we have no tensor for, such as a classifier's."""
+    use: tuple[str, ...] = ()
+    """Lines to type or to put into a configuration."""
     notes: tuple[str, ...] = ()
-    """What the reader must know to use it: pixel means, order of channels, position of the stride."""
+    """What the reader must know to use it."""
 
 
 class Writer(Protocol):

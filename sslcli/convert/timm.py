@@ -131,7 +131,7 @@ OFFICIAL_SWIN = Dialect(
 
 LAYOUTS = (
     Layout(
-        "timm", "timm, and whoever writes a bare transformer under its names", (Part("student", ("",), "network"),),
+        "timm", "a bare transformer under the names of timm", (Part("student", ("",), "network"),),
         (VIT, VIT_IN_CHUNKS, BEIT, SWIN, OFFICIAL_SWIN), never=("decoder_", "lm_head", "hogs", "pred_head"),
     ),
 )  # fmt: skip

@@ -137,7 +137,7 @@ SWIN = Dialect(
 
 LAYOUTS = (
     Layout(
-        "torchvision", "torchvision, and whoever writes a bare ResNet", (Part("student", ("",), "network"),),
+        "torchvision", "a bare network under the names of torchvision", (Part("student", ("",), "network"),),
         (RESNET, VIT, SWIN), never=("projection_head", "prototypes", "top:lemniscate"),
     ),
 )  # fmt: skip

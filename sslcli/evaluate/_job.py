@@ -104,7 +104,8 @@ def evaluate(weights: Weights, protocol: Protocol, *, floors: bool, passes: Pass
             facts = _facts_of(*pair, configs)
     if not columns:
         return None
-    return _outcome(weights, protocol, judge, columns, facts, own=configs == _own(weights, judge))
+    own = weights.manifest.preset is not None and configs == _own(weights, judge)
+    return _outcome(weights, protocol, judge, columns, facts, own=own)
 
 
 def evaluate_tables(weights: Weights, protocol: Protocol, train: FeatureTable, test: FeatureTable) -> Outcome:
@@ -122,7 +123,8 @@ def evaluate_tables(weights: Weights, protocol: Protocol, train: FeatureTable, t
     if train.digest() == test.digest() and not judge.same_images:
         raise _same("both tables are of the same images")
     columns = {LEARNED: judge.score(train, test.counted_in(train.meta.classes), protocol.preset.seed)}
-    own = train.meta.source == weights.manifest.source.fingerprint
+    trained_on = weights.manifest.source
+    own = trained_on is not None and train.meta.source == trained_on.fingerprint
     return _outcome(weights, protocol, judge, columns, _facts_of(train, test, None), own=own)
 
 
@@ -231,7 +233,7 @@ def _outcome(
             "method": manifest.method,
             "step": manifest.step,
             "epoch": manifest.epoch,
-            "trained_on": manifest.source.fingerprint,
+            "trained_on": None if manifest.source is None else manifest.source.fingerprint,
         },
         **facts,
         **learned.details,

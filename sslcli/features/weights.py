@@ -1,11 +1,12 @@
 """A backbone as a file: written so that other tools can read it, read so that nothing but weights is trusted."""
 
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sslcli import __version__
 from sslcli.config import choice
 from sslcli.config.base import Settings
 from sslcli.config.presets import PretrainPreset
 from sslcli.config.types import Count, Index
 from sslcli.config.views import EvalView
 from sslcli.contracts import Backbone, Method, RunFacts
+from sslcli.convert._file import open_file
+from sslcli.convert._find import HUB, Converted, convert, digest_of_file
+from sslcli.convert._resample import fitted
 from sslcli.engine import checkpoint
 from sslcli.engine.build import method_of
 from sslcli.errors import PresetError, SslError, WeightsError
@@ -32,10 +37,7 @@ LAYOUTS = {"resnet": "torchvision"}
 """Whose parameter names a family of backbones carries, where they are not timm's alone."""
 
 _KEY = "ssl"  # of the manifest among a safetensors file's metadata
-_CONVERT = (
-    "ssl reads run folders, its own checkpoints and the files of `ssl extract-backbone`; "
-    "weights of other tools will come in through `ssl convert`, which this version does not have"
-)
+_CONVERT = "`ssl inspect FILE` says what a file is; other tools' files are read when their layout is known"
 
 
 class TrainedOn(Settings):
@@ -49,13 +51,30 @@ class TrainedOn(Settings):
     """Names of the classes, where there were labels."""
 
 
+class Origin(Settings):
+    """The foreign file that weights were taken from."""
+
+    file: str
+    """Its name."""
+    sha256: str
+    """Its digest, 64 hexadecimal digits."""
+    layout: str
+    """Whose layout it has, e.g. `moco`."""
+    part: str
+    """Which network was taken: `student` or `teacher`."""
+    prefix: str
+    """What stands before its names there."""
+    notes: tuple[str, ...] = ()
+    """What the file does not say and was taken for granted."""
+
+
 class Manifest(Settings):
     """What a weights file says about itself."""
 
     format: Literal[1] = 1
     """Version of this description."""
     version: str
-    """Version of ssl that trained the weights."""
+    """Version of ssl that trained the weights, or took them in."""
     layout: str
     """Whose parameter names these are: `torchvision` or `timm`."""
     tensors: Count
@@ -72,10 +91,12 @@ class Manifest(Settings):
     """How to show the network an image: size and normalisation."""
     backbone: dict[str, Any]
     """The network, as the preset describes it."""
-    source: TrainedOn
-    """The images it learned from."""
-    preset: dict[str, Any]
-    """The whole experiment."""
+    source: TrainedOn | None = None
+    """The images it learned from, where they are known."""
+    preset: dict[str, Any] | None = None
+    """The whole experiment, where it is known."""
+    origin: Origin | None = None
+    """The foreign file, where the weights are from one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +129,8 @@ class Weights:
     run: Path | None
     """The run folder the file lies in, if it does."""
     match: Match
+    converted: Converted | None = None
+    """How it was taken in, where the file is another tool's."""
 
     @property
     def digest(self) -> str:
@@ -118,8 +141,13 @@ class Weights:
         """The experiment the weights come from.
 
         Raises:
-            WeightsError: this version of ssl does not understand it.
+            WeightsError: this version of ssl does not understand it, or the weights are another tool's.
         """
+        if self.manifest.preset is None:
+            raise WeightsError(
+                f"`{self.file}` does not say which images it was trained on: it was not trained by ssl",
+                hint="name images with `--data DIR`, or with `--train DIR --test DIR`",
+            )
         return _understood(self.manifest.preset, self.file)
 
 
@@ -137,64 +165,111 @@ class Extracted:
     """Whether `what` was an extracted backbone to begin with."""
 
 
-def load(what: str | Path, *, allow_partial: bool = False) -> Weights:
-    """The backbone in a run folder (after its newest step), a checkpoint, or a file of `ssl extract-backbone`.
+@dataclass(frozen=True, slots=True)
+class TakenIn:
+    """A foreign file that has become one of ours."""
+
+    extracted: Extracted
+    weights: Weights
+    proof: float | None
+    """Largest difference of features between their network and ours; None where theirs is not installed."""
+
+
+def load(
+    what: str | Path,
+    *,
+    allow_partial: bool = False,
+    part: str | None = None,
+    layout: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Weights:
+    """The backbone that a path means: ours, or another tool's.
 
     Args:
-        what: folder or file.
+        what: a run folder (its newest step), a checkpoint, a file of `ssl extract-backbone`, another tool's file.
         allow_partial: accept a file whose tensors fit the network only in part; the rest keeps its initial values.
+        part: which network of another tool's file: `student` or `teacher`; when None, the one its layout takes.
+        layout: whose file it is, where that cannot be told.
+        changes: keys of the backbone that another tool's file does not tell.
 
     Raises:
-        WeightsError: it is missing, damaged, not ours, or does not fit the network.
+        WeightsError: it is missing, damaged, of no known layout, or does not fit the network.
     """
     path = Path(what)
+    if is_foreign(path):
+        return _of_foreign(path, allow_partial=allow_partial, part=part, layout=layout, changes=changes or {})
     if path.resolve().suffix == checkpoint.FOLDER:
         return _of_checkpoint(path)
     if path.is_dir():
         return _of_run(path, allow_partial=allow_partial)
-    if not path.is_file():
-        raise WeightsError(f"no run folder or weights file `{path}`", hint="`ssl runs list` shows the runs there are")
     if _begins_like_safetensors(path):
         return _of_safetensors(path, allow_partial=allow_partial)
     return _of_checkpoint(path)
 
 
-def begin_with(method: Method[Any], what: str | Path, *, allow_partial: bool = False) -> str:
+def is_foreign(path: Path) -> bool:
+    """Whether this is another tool's file, or a folder of Hugging Face's; no code from it is run.
+
+    Raises:
+        WeightsError: there is nothing, or nothing that is a file of weights.
+    """
+    if path.is_dir():
+        ours = path.resolve().suffix == checkpoint.FOLDER or checkpoint.all_in(path) or (path / FILE).is_file()
+        return not ours and any((path / name).is_file() for name in HUB)
+    if not path.is_file():
+        raise WeightsError(f"no run folder or weights file `{path}`", hint="`ssl runs list` shows the runs there are")
+    if _begins_like_safetensors(path):
+        return manifest_in(path) is None
+    return not {"format", "version"} <= set(open_file(path).tops)
+
+
+def begin_with(method: Method[Any], what: str | Path, *, allow_partial: bool = False, part: str | None = None) -> str:
     """Put weights into a method that has just been built, and say in one line what was done.
 
     From a run or checkpoint of the same method it takes everything: heads, slow twins, queues, centres. From any other,
-    and from a file of `ssl extract-backbone`, it takes the backbone. Optimiser, schedule and step begin anew.
+    from a file of `ssl extract-backbone` and from another tool's file, it takes the backbone; positions made for images
+    of another size are resampled. Optimiser, schedule and step begin anew.
 
     Args:
         method: not yet trained.
-        what: run folder, checkpoint or backbone file.
+        what: run folder, checkpoint, backbone file or another tool's file.
         allow_partial: take what fits by name and shape, and leave the rest as it is.
+        part: which network of another tool's file: `student` or `teacher`.
 
     Raises:
         WeightsError: the weights are missing, damaged, not ours, or do not fit.
     """
-    state = _state_in(Path(what))
+    state, told = _state_in(Path(what)), ""
     if state is not None and state["preset"]["method"]["name"] == method.cfg.name:
-        part = f"all of `{method.cfg.name}` at step {state['progress']['step']}"
+        taken = f"all of `{method.cfg.name}` at step {state['progress']['step']}"
         _check_finite(state["method"], Path(what))
         match = _fill(method, state["method"])
     else:
-        part = "the backbone"
-        match = _fill(method.backbone.trunk, _tensors(load(what, allow_partial=allow_partial).backbone))
+        weights = load(what, allow_partial=allow_partial, part=part)
+        taken = "the backbone" if weights.converted is None else whose(weights.converted)
+        tensors, notes = fitted(_tensors(weights.backbone), method.backbone.trunk.state_dict())
+        told = "".join(f"; {note}" for note in notes)
+        match = _fill(method.backbone.trunk, tensors)
         method.copy_student()
     if not match.whole and (not allow_partial or match.matched == 0):
         raise WeightsError(
-            f"{part} in `{what}` does not fit: {_told(match)}",
+            f"{taken} in `{what}` does not fit: {_told(match)}",
             hint="`--allow-partial` takes what fits and leaves the rest as it starts" if match.matched else None,
         )
-    return f"begins with `{what}`, {part}: {_told(match)}"
+    return f"begins with `{what}`, {taken}: {_told(match)}{told}"
+
+
+def whose(converted: Converted) -> str:
+    """Which network of which layout was taken, in words."""
+    role = "" if converted.found.part.role in converted.found.part.said else f", `--part {converted.found.part.role}`"
+    return f"the {converted.found.part.said} of {converted.recognised.layout.title}{role}"
 
 
 def _state_in(path: Path) -> checkpoint.State | None:
     """The newest checkpoint of a run folder, or this one; None where there is no checkpoint."""
     if path.is_dir() and path.resolve().suffix != checkpoint.FOLDER and not checkpoint.all_in(path):
         return None
-    if path.is_file() and not _begins_like_zip(path):
+    if path.is_file() and (is_foreign(path) or _begins_like_safetensors(path)):
         return None
     return checkpoint.read(checkpoint.meant(path))
 
@@ -246,9 +321,18 @@ def extract(what: str | Path, out: Path | None = None, *, layout: str | None = N
             f"the backbone has the parameter names of {weights.manifest.layout}, not of `{layout}`",
             hint=f"leave `--format` out, or use `--format {weights.manifest.layout}`",
         )
-    already = weights.file.suffix == ".safetensors"
+    already = weights.file.suffix == ".safetensors" and weights.converted is None
     if already and (out is None or (out.exists() and out.samefile(weights.file))):
         return Extracted(weights.file, weights.manifest, weights.match.matched, 0.0, already=True)
+    return replace(extract_loaded(weights, target), already=already)
+
+
+def extract_loaded(weights: Weights, target: Path) -> Extracted:
+    """Write a backbone as a file, read it back, and compare.
+
+    Raises:
+        SslError: the file cannot be written, or what it gives back differs.
+    """
     save(weights.backbone, weights.manifest, target)
     again = load(target)
     side = weights.manifest.view.size
@@ -257,7 +341,54 @@ def extract(what: str | Path, out: Path | None = None, *, layout: str | None = N
         difference = (weights.backbone(images) - again.backbone(images)).abs().max().item()
     if difference != 0 or again.digest != weights.digest:
         raise SslError(f"`{target}` gives back features that differ by {difference:g}", hint="the disk may be failing")
-    return Extracted(target, again.manifest, again.match.matched, difference, already=already)
+    return Extracted(target, again.manifest, again.match.matched, difference, already=False)
+
+
+def take_in(
+    what: str | Path,
+    out: Path,
+    *,
+    part: str | None = None,
+    layout: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    allow_partial: bool = False,
+) -> TakenIn:
+    """Write a network of another tool's file as one of ours, and prove that it is the same.
+
+    Args:
+        what: the file.
+        out: the file to write, `.safetensors`.
+        part: `student` or `teacher`; when None, what the layout takes.
+        layout: whose file it is, where that cannot be told.
+        changes: keys of the backbone that the file does not tell, e.g. `heads`.
+        allow_partial: accept a file whose tensors fit the network only in part.
+
+    Raises:
+        WeightsError: the file cannot be used.
+        SslError: the file cannot be written, or the network says something else than theirs.
+    """
+    weights = load(what, allow_partial=allow_partial, part=part, layout=layout, changes=changes)
+    proof = None if weights.converted is None or not weights.match.whole else _proof(weights, weights.converted)
+    return TakenIn(extract_loaded(weights, out), weights, proof)
+
+
+def _proof(weights: Weights, converted: Converted) -> float | None:
+    """Largest difference of features between ours and theirs on random images, in double precision."""
+    theirs = converted.source()
+    if not isinstance(theirs, nn.Module):
+        return None
+    ours = copy.deepcopy(weights.backbone).double()
+    side = weights.manifest.view.size
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        expected = theirs.double()(images)
+        difference = float((ours(images) - expected).abs().max())
+    if not difference <= 1e-8 * max(1.0, expected.abs().max().item()):
+        raise SslError(
+            f"`{weights.file}`: features differ by {difference:g} from those of {converted.found.dialect.name}",
+            hint="this is a defect of ssl: please report it with the name of the file",
+        )
+    return difference
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -290,7 +421,7 @@ def network(config: Mapping[str, Any], *, seed: int = 0) -> Backbone:
 def _of_run(run: Path, *, allow_partial: bool) -> Weights:
     extracted, steps = run / FILE, checkpoint.all_in(run)
     if extracted.is_file():
-        found = _manifest_in(extracted)
+        found = manifest_in(extracted)
         if not steps or (found is not None and found.step == checkpoint.step_of(steps[-1])):
             return _of_safetensors(extracted, allow_partial=allow_partial)
     return _of_checkpoint(checkpoint.newest(run))
@@ -345,8 +476,48 @@ def _of_checkpoint(path: Path) -> Weights:
     return Weights(backbone, manifest, path, _run_of(path), Match(len(tensors)))
 
 
+def _of_foreign(
+    path: Path, *, allow_partial: bool, part: str | None, layout: str | None, changes: Mapping[str, Any]
+) -> Weights:
+    converted = convert(path, part=part, layout=layout, changes=changes)
+    found = converted.network
+    _check_finite(found.tensors, path)
+    backbone = network(found.backbone)
+    tensors, notes = fitted(found.tensors, backbone.trunk.state_dict())
+    match = _fill(backbone.trunk, tensors)
+    match = replace(match, unexpected=(*match.unexpected, *converted.unexpected))
+    if not match.whole and (not allow_partial or match.matched == 0):
+        raise WeightsError(
+            f"{whose(converted)} in `{path}` does not fit the network that its shapes tell of: {_told(match)}",
+            hint="`--allow-partial` accepts it as it is" if match.matched else None,
+        )
+    _at_rest(backbone)
+    file = converted.recognised.opened.path
+    ours = _tensors(backbone)
+    manifest = Manifest(
+        version=__version__,
+        layout=LAYOUTS.get(str(found.backbone["name"]), "timm"),
+        tensors=len(ours),
+        digest=digest_of(ours),
+        method=found.method,
+        step=0,
+        epoch=0,
+        view=found.view,
+        backbone=dict(found.backbone),
+        origin=Origin(
+            file=file.name,
+            sha256=digest_of_file(file),
+            layout=converted.recognised.layout.name,
+            part=converted.found.part.role,
+            prefix=converted.found.prefix,
+            notes=(*converted.notes, *notes),
+        ),
+    )
+    return Weights(backbone, manifest, file, None, match, converted)
+
+
 def _of_safetensors(path: Path, *, allow_partial: bool) -> Weights:
-    manifest = _manifest_in(path)
+    manifest = manifest_in(path)
     if manifest is None:
         raise WeightsError(
             f"`{path}` is a safetensors file without a manifest: `ssl extract-backbone` did not make it", hint=_CONVERT
@@ -373,7 +544,7 @@ def _of_safetensors(path: Path, *, allow_partial: bool) -> Weights:
     return Weights(backbone, manifest, path, _run_of(path), match)
 
 
-def _manifest_in(path: Path) -> Manifest | None:
+def manifest_in(path: Path) -> Manifest | None:
     """The manifest in a safetensors file, None where it has none."""
     try:
         with safe_open(path, framework="pt") as file:
