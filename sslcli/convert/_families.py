@@ -83,15 +83,14 @@ def vit(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:
     if "blocks.0.attn.qkv.bias" not in ours:
         special |= {"qkv_bias": False}
     if hidden != 4 * width or gated:
-        special |= {"mlp_ratio": hidden / width}
+        special |= {"mlp_ratio": (hidden + 0.5) / width}  # timm rounds down
     if not special:
         found = _sized("vit", vit_backbone.SIZES, (width, depth, heads), ("width", "depth", "heads"), default="small")
         return Inferred({**found, "patch": patch, "image_size": size}, notes)
-    if gated:
-        raise WeightsError("the blocks have gated layers (SwiGLU), which no backbone here builds")
     shape = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     args = {**shape, "dynamic_img_size": True, **special}
-    return Inferred({"name": "timm", "model": "vit_base_patch16_224", "image_size": size, "args": args}, notes)
+    model = "vit_giant_patch14_dinov2" if gated else "vit_base_patch16_224"
+    return Inferred({"name": "timm", "model": model, "image_size": size, "args": args}, notes)
 
 
 def beit(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:

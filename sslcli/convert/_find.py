@@ -185,14 +185,14 @@ def convert(
         if applied.unused:
             raise WeightsError(f"it lacks `{found.prefix}{applied.unused[0]}`")
         tensors = applied.tensors if found.dialect.after is None else found.dialect.after(applied.tensors)
-        inferred = FAMILIES[found.dialect.family](tensors, raw, known.opened.facts)
+        inferred = FAMILIES[found.dialect.family](tensors, raw, _told(known.opened.facts, changes or {}))
     except (WeightsError, KeyError, ValueError, IndexError) as error:
         raise WeightsError(
             f"`{path}`, {known.layout.title}, holds a network that cannot be built here: {str(error) or repr(error)}"
         ) from error
-    if known.layout.settings is not None:
+    if known.layout.settings is not None and "heads" not in (changes or {}):
         inferred = known.layout.settings(inferred, known.method)
-    backbone = {**inferred.backbone, **(changes or {})}
+    backbone = {**inferred.backbone, **{key: value for key, value in (changes or {}).items() if key != "heads"}}
     sized = "size" in backbone and "heads" not in backbone and bool(known.layout.signs)
     settled = (*(changes or {}), *(("heads",) if sized else ()))  # a project's own sizes have their own heads
     notes = [note for note in inferred.notes if not any(key in note for key in settled)]
@@ -216,6 +216,11 @@ def convert(
         len(known.opened.tensors) - len(raw), tuple(notes),
         lambda: None if found.dialect.source is None else found.dialect.source(backbone, raw),
     )  # fmt: skip
+
+
+def _told(facts: Facts, changes: Mapping[str, Any]) -> Facts:
+    """Facts with the number of heads that the user gave."""
+    return Facts({**facts.values, "config.num_attention_heads": changes["heads"]}) if "heads" in changes else facts
 
 
 def digest_of_file(path: Path) -> str:

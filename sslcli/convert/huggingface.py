@@ -64,7 +64,9 @@ def _dinov2(qkv: tuple[str, ...], out: str) -> tuple[Rule, ...]:
         rename(f"{layer}.{out}.{{leaf}}", "blocks.{i}.attn.proj.{leaf}"),
         rename(f"{layer}.layer_scale{{n}}.lambda1", "blocks.{i}.ls{n}.gamma"),
         rename(f"{layer}.norm{{n}}.{{leaf}}", "blocks.{i}.norm{n}.{leaf}"),
-        rename(f"{layer}.mlp.fc{{n}}.{{leaf}}", "blocks.{i}.mlp.fc{n}.{leaf}"),
+        rename(f"{layer}.mlp.fc{{n}}.{{leaf}}", "blocks.{i}.mlp.fc{n}.{leaf}", optional=True),
+        rename(f"{layer}.mlp.weights_in.{{leaf}}", "blocks.{i}.mlp.fc1.{leaf}", optional=True),
+        rename(f"{layer}.mlp.weights_out.{{leaf}}", "blocks.{i}.mlp.fc2.{leaf}", optional=True),
         *_ENDS,
     )
 

@@ -9,7 +9,8 @@ from sslcli.convert.torchvision import RESNET
 
 def twelve_heads(found: Inferred, method: str) -> Inferred:
     """Heads of MoCo v3's transformers: 12 at width 384 and 768 (Chen et al. 2021, table 2)."""
-    small = found.backbone.get("name") == "vit" and found.backbone.get("size") == "small"
+    small = (found.backbone.get("name"), found.backbone.get("size")) == ("vit", "small")
+    small = small and "width" not in found.backbone
     if method != "mocov3" or not small:
         return found
     notes = tuple(note for note in found.notes if "heads" not in note)

@@ -14,7 +14,6 @@ from sslcli.convert.torchvision import RESNET, keep
 _BLOCK = (
     rename("layers.{i}.ln{n}.{leaf}", "blocks.{i}.norm{n}.{leaf}", optional=True),
     rename("layers.{i}.norm{n}.{leaf}", "blocks.{i}.norm{n}.{leaf}", optional=True),
-    keep("patch_embed.proj.{leaf}", optional=True),
     rename("patch_embed.projection.{leaf}", "patch_embed.proj.{leaf}"),
     rename("layers.{i}.attn.proj.{leaf}", "blocks.{i}.attn.proj.{leaf}"),
     rename("layers.{i}.ffn.layers.0.0.{leaf}", "blocks.{i}.mlp.fc1.{leaf}"),

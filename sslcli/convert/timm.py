@@ -19,7 +19,9 @@ VIT_RULES = (
     keep("blocks.{i}.attn.qkv.{leaf}"),
     keep("blocks.{i}.attn.proj.{leaf}"),
     keep("blocks.{i}.ls{n}.gamma", optional=True),
-    keep("blocks.{i}.mlp.fc{n}.{leaf}"),
+    keep("blocks.{i}.mlp.fc{n}.{leaf}", optional=True),
+    rename("blocks.{i}.mlp.w12.{leaf}", "blocks.{i}.mlp.fc1.{leaf}", optional=True),  # gated: both halves in one
+    rename("blocks.{i}.mlp.w3.{leaf}", "blocks.{i}.mlp.fc2.{leaf}", optional=True),
     keep("norm.{leaf}", optional=True),
     keep("fc_norm.{leaf}", optional=True),
     drop("head.{rest}", "classifier or projection head"),
@@ -31,8 +33,18 @@ VIT_RULES = (
 CHUNKED_RULES = (
     *(rule for rule in VIT_RULES if not (rule.theirs[0] or "").startswith("blocks.")),
     *(
-        rename(f"blocks.{{chunk}}.{{i}}.{name}", f"blocks.{{i}}.{name}", optional=name.startswith("ls"))
-        for name in ("norm{n}.{leaf}", "attn.qkv.{leaf}", "attn.proj.{leaf}", "ls{n}.gamma", "mlp.fc{n}.{leaf}")
+        rename(
+            f"blocks.{{chunk}}.{{i}}.{theirs}", f"blocks.{{i}}.{ours}", optional=not theirs.startswith(("norm", "attn"))
+        )
+        for theirs, ours in (
+            ("norm{n}.{leaf}", "norm{n}.{leaf}"),
+            ("attn.qkv.{leaf}", "attn.qkv.{leaf}"),
+            ("attn.proj.{leaf}", "attn.proj.{leaf}"),
+            ("ls{n}.gamma", "ls{n}.gamma"),
+            ("mlp.fc{n}.{leaf}", "mlp.fc{n}.{leaf}"),
+            ("mlp.w12.{leaf}", "mlp.fc1.{leaf}"),
+            ("mlp.w3.{leaf}", "mlp.fc2.{leaf}"),
+        )
     ),
 )
 
@@ -69,7 +81,7 @@ def vit_source(backbone: Mapping[str, Any], theirs: Tensors) -> Callable[[Tensor
 
 _VIT_ANCHORS = ("pos_embed", "patch_embed.proj.weight")
 VIT = Dialect(
-    "timm ViT", "vit", (*_VIT_ANCHORS, "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"), VIT_RULES,
+    "timm ViT", "vit", (*_VIT_ANCHORS, "blocks.0.attn.qkv.weight"), VIT_RULES,
     never=("dist_token", "blocks.0.attn.q_bias", "blocks.0.gamma_1", "patch_embed.proj.0.weight"),
     after=registers, source=vit_source,
 )  # fmt: skip

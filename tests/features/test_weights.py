@@ -218,12 +218,12 @@ def test_foreign_and_damaged_files_are_refused_by_name(tiny_run: Path, extracted
         written("cut.safetensors", whole[: len(whole) // 2]): "not a whole safetensors file",
         written("empty.safetensors", b""): "not a whole safetensors file",
         written("cut.pt", newest[: len(newest) // 2]): "cut short",
-        written("empty.pt", b""): "neither a checkpoint of ssl nor a safetensors file",
-        written("old.pth.tar", pickle.dumps({"a": 1})): "neither a checkpoint of ssl",
-        written("notes.txt", b"weights"): "neither a checkpoint of ssl",
-        foreign: "not a checkpoint of ssl",
+        written("empty.pt", b""): "is empty",
+        written("old.pth.tar", pickle.dumps({"a": 1})): "holds no tensors",
+        written("notes.txt", b"weights"): "no file of weights",
+        foreign: "in no layout that ssl knows",
         half: "lacks `preset`",
-        bare: "without a manifest",
+        bare: "in no layout that ssl knows",
         rewritten(extracted, {}, format=2).rename(
             tmp_path / "later.safetensors"
         ): "manifest this version does not understand",
@@ -237,7 +237,7 @@ def test_foreign_and_damaged_files_are_refused_by_name(tiny_run: Path, extracted
         with pytest.raises(WeightsError) as caught:
             load(path)
         assert caught.value.hint is not None
-        assert "ssl convert" in caught.value.hint
+        assert "ssl inspect" in caught.value.hint
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path: Path):
