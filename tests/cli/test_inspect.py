@@ -84,7 +84,7 @@ def test_says_what_a_file_is(dino: Path):
         assert told in done.stdout
     facts = json.loads(ran("inspect", dino, "--json").stdout)
     assert (facts["layout"], facts["method"], facts["training"]) == ("dino", "dino", ["optimizer"])
-    assert facts["tensors"] == 2 * 29 + 1
+    assert facts["tensors"] == 2 * 31 + 1
     assert "keys" not in facts
     assert not Path("pwned").exists()
 
@@ -117,7 +117,7 @@ def test_takes_a_network_in(dino: Path):
     assert done.stdout == "teacher.safetensors\n"
     assert "the teacher of DINO (facebookresearch/dino)" in done.stderr
     assert "`--part student` takes the student" in done.stderr
-    assert "28 tensors matched, 0 missing, 0 unexpected, 0 of another shape" in done.stderr
+    assert "30 tensors matched, 0 missing, 0 unexpected, 0 of another shape" in done.stderr
     assert "in double precision: largest difference" in done.stderr
     told = json.loads(ran("convert", "ssl", dino, "student.safetensors", "--part", "student", "--json").stdout)
     assert told["manifest"]["origin"]["part"] == "student"
@@ -132,7 +132,7 @@ def test_takes_a_network_in(dino: Path):
 
 def test_features_and_knn_of_another_tools_file(dino: Path, images: Path):
     done = ran("features", dino, "--data", images, "--out", "f.npz", "--workers", "0", "--part", "student")
-    assert "the student of DINO (facebookresearch/dino), 28 tensors matched" in done.stderr
+    assert "the student of DINO (facebookresearch/dino), 30 tensors matched" in done.stderr
     with np.load("f.npz") as table:
         assert table["features_pooled"].shape == (6, 64)
     done = ran("eval", "knn", dino, "--data", images, "-o", "evaluator.k=[2]")
