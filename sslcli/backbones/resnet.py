@@ -17,6 +17,7 @@ from sslcli.nn.taps import check_taps
 if TYPE_CHECKING:
     from timm.models.resnet import ResNet as Trunk
 
+Stem = Literal["imagenet", "cifar", "small", "padded"]
 Depth = Literal[10, 14, 18, 26, 34, 50, 101, 152]
 
 BASIC: dict[int, tuple[int, int, int, int]] = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -38,9 +39,10 @@ class Config(BackboneConfig):
     """Number of weighted layers; up to 34, except 14 and 26, two per block, otherwise three."""
     width: Count = 64
     """Channels of the stem and of the first stage's blocks; 64 is the standard network."""
-    stem: Literal["imagenet", "cifar", "small"] = "imagenet"
+    stem: Stem = "imagenet"
     """`imagenet`: 7 x 7 with stride 2, then max-pooling. `cifar`: 3 x 3 with stride 1 and no pooling, for 32 px.
-    `small`: 3 x 3 with stride 2 and no pooling, for small images on slow machines."""
+    `small`: 3 x 3 with stride 2 and no pooling, for small images on slow machines. `padded`: as `cifar` with two pixels
+    of padding, as in solo-learn."""
     zero_init_residual: bool = False
     """Start every block as the identity: the gain of its last batch norm is 0 (Goyal et al. 2017)."""
     sobel: bool = False
@@ -87,9 +89,7 @@ class ResNet(Backbone):
         return (*STAGES, "pooled")
 
 
-def resnet_trunk(
-    depth: Depth, width: int, stem: Literal["imagenet", "cifar", "small"], zero_init: bool, inputs: int = 3
-) -> "Trunk":
+def resnet_trunk(depth: Depth, width: int, stem: Stem, zero_init: bool, inputs: int = 3) -> "Trunk":
     """A timm ResNet without classifier, initialised as torchvision does: normal with variance 2 / fan-out."""
     from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
     from timm.models.resnet import ResNet as Trunk
@@ -99,7 +99,8 @@ def resnet_trunk(
     channels = (width, 2 * width, 4 * width, 8 * width)
     trunk: Any = Trunk(block, repeats, num_classes=0, in_chans=inputs, channels=channels, zero_init_last=False)
     if stem != "imagenet":
-        trunk.conv1 = nn.Conv2d(inputs, width, 3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
+        stride, padding = 2 if stem == "small" else 1, 2 if stem == "padded" else 1
+        trunk.conv1 = nn.Conv2d(inputs, width, 3, stride=stride, padding=padding, bias=False)
         trunk.maxpool = nn.Identity()
     elif width != 64:
         trunk.conv1 = nn.Conv2d(inputs, width, 7, stride=2, padding=3, bias=False)

@@ -330,7 +330,7 @@ def _view(known: Recognised, backbone: Mapping[str, Any]) -> tuple[EvalView, lis
     else:
         normalize = known.layout.view.normalize
         notes.append(f"colours are shown with mean {_listed(normalize.mean)} and deviation {_listed(normalize.std)}")
-    size = backbone.get("image_size") if backbone.get("stem") != "cifar" else 32
+    size = backbone.get("image_size") if backbone.get("stem") not in ("cifar", "padded") else 32
     if not isinstance(size, int) or known.method == "dinov2":
         size = known.layout.view.size
     resize = round(size * 8 / 7) if size >= 160 else size

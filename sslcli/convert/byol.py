@@ -21,6 +21,6 @@ LAYOUTS = (
             Part("teacher", ("target_network_state_dict.encoder.",), "target network"),
         ),
         (WHOLE,), signs=(r"online_network_state_dict\.encoder\.0\.",),
-        beside=(r"(online|target)_network_state_dict\.projetion\.", r"predictor"), method="byol",
+        beside=(r"(online|target)_network_state_dict\.proj\w+\.", r"predictor"), method="byol",
     ),
 )  # fmt: skip

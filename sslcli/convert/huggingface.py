@@ -187,7 +187,7 @@ LAYOUTS = (
     Layout(
         "huggingface", "Hugging Face transformers", (Part("student", _PREFIXES, "network"),),
         (VIT_4, VIT_5, DINOV2_4, DINOV2_5, SWIN_4, SWIN_5, RESNET, *_beits()),
-        signs=(r"(\w+\.)?embedd(ings|er)\.",),
+        signs=(r"(\w+\.)?(embeddings|embedder)\.",),
         beside=(r"classifier\.", r"decoder\.", r"pooler\.", r"lm_head\.", r"(cls|distillation)_classifier\."),
     ),
 )  # fmt: skip

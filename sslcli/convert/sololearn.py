@@ -1,6 +1,8 @@
 """solo-learn: Lightning checkpoints with `backbone`, often `momentum_backbone`, and a classifier on the side."""
 
-from sslcli.convert._layout import Facts, Layout, Part, Tensors
+from dataclasses import replace
+
+from sslcli.convert._layout import Facts, Inferred, Layout, Part, Tensors
 from sslcli.convert.timm import SWIN, VIT
 from sslcli.convert.torchvision import RESNET
 
@@ -12,6 +14,13 @@ _OURS = {"barlow_twins": "barlowtwins", "mocov2plus": "moco", "mocov2": "moco"}
 def _method(tensors: Tensors, facts: Facts) -> str:
     told = facts.get("hyper_parameters.method", "hyper_parameters.cfg.method")
     return _OURS.get(told, told) if isinstance(told, str) and told in _KNOWN else "unknown"
+
+
+def _padded(found: Inferred, method: str) -> Inferred:
+    """The CIFAR networks of solo-learn pad the first convolution by 2 and do not pool after it."""
+    if found.backbone.get("stem") != "cifar":
+        return found
+    return replace(found, backbone={**found.backbone, "stem": "padded"}, notes=())
 
 
 LAYOUTS = (
@@ -28,5 +37,6 @@ LAYOUTS = (
             r"mask_token", r"dino_loss", r"whitening", r"padding",
         ),
         method=_method,
+        settings=_padded,
     ),
 )  # fmt: skip

@@ -68,3 +68,13 @@ def test_an_image_size_for_a_network_that_takes_any_is_refused():
 def test_an_unknown_tap_is_refused():
     with pytest.raises(UserError, match="no tap `head`"):
         build("resnet18").taps(torch.zeros(1, 3, 32, 32), ["head"])
+
+
+def test_what_else_a_network_is_built_with():
+    size = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "reg_tokens": 2, "no_embed_class": True}
+    config = backbone.Config(model="vit_tiny_patch16_224", image_size=32, args=size)
+    network = backbone.build(config)
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
+    assert network.trunk.reg_token.shape == (1, 2, 32)
+    with pytest.raises(PresetError, match=r"`backbone\.args`: timm cannot build"):
+        backbone.build(backbone.Config(model="vit_tiny_patch16_224", args={"registers": 2}))

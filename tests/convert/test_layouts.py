@@ -426,3 +426,21 @@ def test_old_files_without_counters_and_in_half_precision(tmp_path: Path):
     assert "12 counters of batch norms" in told
     assert "stored as float16, converted to float32" in told
     assert next(weights.backbone.parameters()).dtype == torch.float32
+
+
+def test_the_first_convolution_of_small_networks(tmp_path: Path):
+    network = resnet10()
+    network.conv1 = torch.nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
+    network.maxpool = torch.nn.Identity()
+    network.fc = torch.nn.Identity()
+    state = {f"backbone.{name}": x for name, x in network.eval().state_dict().items()}
+    content = {"state_dict": {**state, "classifier.weight": torch.zeros(2, 512)}}
+    weights = load(saved(tmp_path / "solo.ckpt", content))
+    assert weights.manifest.backbone["stem"] == "padded"
+    assert weights.manifest.view.size == 32
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(weights.backbone(images), network(images))
+    plain = convert(saved(tmp_path / "plain.pth", network.state_dict()))
+    assert plain.network.backbone["stem"] == "cifar"
+    assert any("stride 1 and padding 1" in note for note in plain.notes)
