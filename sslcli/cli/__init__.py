@@ -11,6 +11,7 @@ from sslcli import __version__
 from sslcli.cli import (
     bench,
     convert,
+    count,
     data,
     demo,
     doctor,
@@ -69,6 +70,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(show.app, name="show")
 app.add_typer(verify.app, name="verify")
 app.command("bench")(bench.bench)
+app.command("count")(count.count)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
 
