@@ -22,6 +22,7 @@ from sslcli.cli import (
     methods,
     presets,
     pretrain,
+    publish,
     runs,
     show,
     verify,
@@ -70,6 +71,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(show.app, name="show")
 app.add_typer(verify.app, name="verify")
 app.command("bench")(bench.bench)
+app.command("publish")(publish.publish)
 app.command("count")(count.count)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)

@@ -25,11 +25,11 @@ OURS = "ssl"
 DIALECTS = Path(__file__).parents[1] / "convert"
 
 
-_WRITES = re.compile(r"^(def write\(|from \S+ import .*\bwrite$)", re.MULTILINE)
+_WRITES = re.compile(r"^def write\(", re.MULTILINE)
 
 
 def targets() -> list[str]:
-    """Tools that files can be written for: the modules that define or take over `write`; none is imported for it."""
+    """Tools that files can be written for: the modules that define `write`; none is imported for it."""
     return [p.stem for p in sorted(DIALECTS.glob("[!_]*.py")) if _WRITES.search(p.read_text(encoding="utf-8"))]
 
 

@@ -248,6 +248,9 @@ def as_array(thing: Thing) -> np.ndarray[Any, Any] | None:
         shape, kind, fortran, data = (), thing.args[0], False, thing.args[1]
     elif thing.name in _BUFFERS and len(thing.args) == 4:
         data, kind, shape, fortran = *thing.args[:3], thing.args[3] == "F"
+    elif thing.name == "numpy.ndarray" and len(thing.args) == 3:  # as `detectron2.write` puts it
+        shape, kind, data, fortran = *thing.args, False
+        data = data.args[0] if isinstance(data, Thing) and data.name == "builtins.bytearray" and data.args else data
     else:
         return None
     dtype = _dtype(kind)
@@ -260,6 +263,8 @@ def as_array(thing: Thing) -> np.ndarray[Any, Any] | None:
 
 
 def _dtype(kind: Any) -> np.dtype[Any] | None:
+    if isinstance(kind, str) and kind[:1] in ("<", ">", "|") and kind[1:] in _NUMBERS:
+        return np.dtype(kind)
     if not (isinstance(kind, Thing) and kind.name == "numpy.dtype" and kind.args and kind.args[0] in _NUMBERS):
         return None
     order = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 else "<"

@@ -1,6 +1,8 @@
 """Names of Hugging Face transformers, of version 4 (and of files on the hub) and of version 5."""
 
-from sslcli.convert._layout import Dialect, Layout, Part
+from pathlib import Path
+
+from sslcli.convert._layout import Dialect, Layout, Network, Part, Written
 from sslcli.convert._rules import Rule, drop, join, rename
 from sslcli.convert.timm import registers
 
@@ -191,3 +193,10 @@ LAYOUTS = (
         beside=(r"classifier\.", r"decoder\.", r"pooler\.", r"lm_head\.", r"(cls|distillation)_classifier\."),
     ),
 )  # fmt: skip
+
+
+def write(network: Network, out: Path) -> Written:
+    """Our network as a folder for transformers; see `_to_huggingface`."""
+    from sslcli.convert import _to_huggingface
+
+    return _to_huggingface.write(network, out)

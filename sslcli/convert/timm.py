@@ -1,11 +1,12 @@
 """timm's names for transformers, which are also those of DeiT, DINO, MAE, MoCo v3 and official Swin and BEiT files."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sslcli.convert._layout import Dialect, Layout, Part, Tensors
+from sslcli.convert._layout import Dialect, Layout, Network, Part, Tensors, Written
 from sslcli.convert._rules import drop, rename
 from sslcli.convert.torchvision import keep
 
@@ -147,3 +148,10 @@ LAYOUTS = (
         (VIT, VIT_IN_CHUNKS, BEIT, SWIN, OFFICIAL_SWIN), never=("decoder_", "lm_head", "hogs", "pred_head"),
     ),
 )  # fmt: skip
+
+
+def write(network: Network, out: Path) -> Written:
+    """Our network as a state dict for timm; see `_to_timm`."""
+    from sslcli.convert import _to_timm
+
+    return _to_timm.write(network, out)

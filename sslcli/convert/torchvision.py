@@ -1,11 +1,12 @@
 """torchvision's own names: ResNets as everybody writes them, and its vision transformer."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from sslcli.convert._layout import Dialect, Layout, Part, Tensors
+from sslcli.convert._layout import Dialect, Layout, Network, Part, Tensors, Written
 from sslcli.convert._rules import Rule, drop, rename
 
 
@@ -141,3 +142,10 @@ LAYOUTS = (
         (RESNET, VIT, SWIN), never=("projection_head", "prototypes", "top:lemniscate"),
     ),
 )  # fmt: skip
+
+
+def write(network: Network, out: Path) -> Written:
+    """Our network as a state dict for torchvision; see `_to_torchvision`."""
+    from sslcli.convert import _to_torchvision
+
+    return _to_torchvision.write(network, out)
