@@ -128,7 +128,8 @@ def publish(
             hint="`ssl resume RUN` finishes it; `--allow-unfinished` publishes it as it is",
         )
     state = _whole(weights) if full else None
-    manifest = weights.manifest.model_copy(update={"preset": without_paths(weights.manifest.preset)})
+    preset = weights.manifest.preset
+    manifest = weights.manifest.model_copy(update={"preset": None if preset is None else without_paths(preset)})
     plain = out / f"{name}.safetensors"
     try:
         stored.save(weights.backbone, manifest, plain)
@@ -168,11 +169,13 @@ def publish(
 def at_its_end(weights: Weights) -> bool:
     """Whether the run that the weights are from has taken all its steps; other tools' weights count as they are."""
     manifest = weights.manifest
-    run = manifest.preset.get("run") or {}
+    if manifest.preset is None:
+        return True
+    run = manifest.preset["run"]
     if run.get("steps") is not None:
         return bool(manifest.step >= run["steps"])
-    if run.get("epochs") is None or not manifest.step:
-        return not manifest.preset
+    if not manifest.step:
+        return False
     half_a_step = 0.5 * manifest.epoch / manifest.step  # the number of steps is rounded
     return bool(manifest.epoch + half_a_step + 1e-4 >= run["epochs"])
 
@@ -211,7 +214,7 @@ def agreement(known: Mapping[str, float], again: Mapping[str, float]) -> float:
 def card(published: Published, network: Network, trunk: nn.Module) -> str:
     """The card in Markdown, with the front matter that Hugging Face's hub reads."""
     manifest = published.manifest
-    about = manifest.preset.get("about") or {}
+    about = (manifest.preset or {}).get("about") or {}
     lines = [
         "---",
         yaml.safe_dump(_front_matter(published), sort_keys=False, allow_unicode=True).strip(),
@@ -219,9 +222,7 @@ def card(published: Published, network: Network, trunk: nn.Module) -> str:
         "",
         f"# {published.name}",
         "",
-        f"{_backbone_words(manifest)}, trained with `{manifest.method}` for {manifest.epoch:g} epochs "
-        f"({manifest.step} steps) on {manifest.source.images} images (fingerprint `{manifest.source.fingerprint}`), "
-        "without labels.",
+        _origin(manifest),
     ]
     if not published.finished:
         lines += ["", "The run was not at its end."]
@@ -255,14 +256,28 @@ def card(published: Published, network: Network, trunk: nn.Module) -> str:
     )
 
 
+def _origin(manifest: Manifest) -> str:
+    """What the network is and where its weights come from, in a sentence."""
+    network, source = _backbone_words(manifest), manifest.source
+    if manifest.origin is not None:
+        return (
+            f"{network}, method `{manifest.method}`, from `{manifest.origin.file}` (layout `{manifest.origin.layout}`, "
+            f"SHA-256 `{manifest.origin.sha256}`)."
+        )
+    images = "" if source is None else f" on {source.images} images (fingerprint `{source.fingerprint}`)"
+    return (
+        f"{network}, trained with `{manifest.method}` for {manifest.epoch:g} epochs ({manifest.step} steps){images}, "
+        "without labels."
+    )
+
+
 def _front_matter(published: Published) -> dict[str, Any]:
     manifest = published.manifest
     kind = str(manifest.backbone.get("name"))
-    data = {"type": manifest.source.fingerprint, "name": f"{manifest.source.images} images"}
     results = [
         {
             "task": {"type": "image-classification"},
-            "dataset": data if not (test := result.details.get("test")) else _dataset(test),
+            "dataset": _dataset(result.details.get("test") or {}),
             "metrics": [
                 {"type": "accuracy" if metric.startswith("top") else metric, "name": f"{result.protocol} {metric}",
                  "value": round(value, 4)}

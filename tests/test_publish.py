@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from typer.testing import CliRunner
@@ -141,3 +142,21 @@ def test_words_that_are_no_names_are_refused(run: Path):
         ran("publish", run, "--out", "out", "--name", "a/b")
     with pytest.raises(UserError, match="no licence identifier"):
         ran("publish", run, "--out", "out", "--licence", "do what you want")
+
+
+def test_weights_of_another_tool_say_where_they_are_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, embed_dim=64, depth=1, num_heads=1, img_size=32)
+    torch.save(network.state_dict(), "theirs.pth")
+    done = ran("publish", "theirs.pth", "--out", "out", "--name", "theirs")
+    _, description, card = (Path(line) for line in done.stdout.split())
+    told = publish.Published.model_validate_json(description.read_bytes())
+    assert told.manifest.preset is None
+    assert told.finished
+    text = card.read_text()
+    assert "from `theirs.pth` (layout `timm`" in text
+    lines = text.split("With timm:\n\n```python\n")[1].split("```")[0]
+    monkeypatch.chdir("out")
+    place: dict[str, Any] = {}
+    exec(lines, place)
+    assert all(torch.equal(x, network.state_dict()[name]) for name, x in place["network"].state_dict().items())

@@ -47,8 +47,9 @@ def count(
 
     weights = load_weights(path)
     manifest = weights.manifest
-    if manifest.preset:
-        return _tell(what, cost_of(weights.preset(), images or manifest.source.images), as_json)
+    if manifest.preset is not None:
+        known = IMAGENET if manifest.source is None else manifest.source.images
+        return _tell(what, cost_of(weights.preset(), images or known), as_json)
     part, view = backbone_cost(manifest.backbone, manifest.view.size)
     if as_json:
         print(json.dumps({"parts": [asdict(part)], "views": [asdict(view)]}, indent=2))

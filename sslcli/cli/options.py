@@ -18,7 +18,7 @@ Procs = Annotated[int | None, typer.Option("--procs", min=1, help="CPU processes
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout.")]
 PartOf = Annotated[
     str | None,
-    typer.Option("--part", metavar="student|teacher", help="Which network of another tool's file; else the usual one."),
+    typer.Option("--part", metavar="student|teacher", help="Which network, where there are two; else the usual one."),
 ]
 Layout = Annotated[
     str | None, typer.Option("--layout", metavar="NAME", help="Whose file it is, where that cannot be told.")

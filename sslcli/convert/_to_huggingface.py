@@ -16,6 +16,7 @@ from torch import Tensor
 from sslcli.backbones.resnet import BASIC, BOTTLENECK
 from sslcli.convert import huggingface as names
 from sslcli.convert._layout import Network, Written
+from sslcli.convert._rules import Rule
 from sslcli.convert._write import (
     built,
     difference,
@@ -41,6 +42,7 @@ def write(network: Network, out: Path) -> Written:
     kind = only(network, "transformers", "resnet", "vit", "swin")
     backbone = built(network)
     trunk: Any = backbone.trunk
+    rules: tuple[Rule, ...]
     if kind == "resnet":
         config, rules, ours = _resnet(network), names.RESNET_RULES, trunk.forward_features
     elif kind == "vit":

@@ -56,7 +56,8 @@ def write(network: Network, out: Path) -> Written:
     if lacking:
         raise WeightsError(f"torchvision's network wants `{lacking[0]}`, which this one has not")
     if kind == "vit":
-        gap = difference(ours.trunk.forward_features, _Tokens(theirs), images_for(network))  # type: ignore[operator]
+        trunk: Any = ours.trunk
+        gap = difference(trunk.forward_features, _Tokens(theirs), images_for(network))
     else:
         gap = difference(ours, theirs, images_for(network))
     write_tensors(out, tensors)
@@ -81,13 +82,13 @@ def _resnet(network: Network) -> tuple[nn.Module, list[str], str]:
     theirs = ResNet(
         BasicBlock if depth in BASIC else Bottleneck, list((BASIC if depth in BASIC else BOTTLENECK)[depth])
     )
-    theirs.fc = nn.Identity()  # type: ignore[assignment]
+    theirs.fc = nn.Identity()
     lines = [f"network = torchvision.models.resnet{depth}()"]
     stem = network.backbone.get("stem", "imagenet")
     if stem != "imagenet":
         stride = 1 if stem == "cifar" else 2
         theirs.conv1 = nn.Conv2d(3, 64, 3, stride=stride, padding=1, bias=False)
-        theirs.maxpool = nn.Identity()  # type: ignore[assignment]
+        theirs.maxpool = nn.Identity()
         lines += [
             f"network.conv1 = torch.nn.Conv2d(3, 64, 3, stride={stride}, padding=1, bias=False)",
             "network.maxpool = torch.nn.Identity()",
@@ -102,7 +103,7 @@ def _vit(trunk: Any) -> tuple[nn.Module, list[str], str]:
     shape = (trunk.embed_dim, len(trunk.blocks), block.attn.num_heads, embed.patch_size[0])
     hidden = block.mlp.fc1.out_features
     theirs = VisionTransformer(embed.img_size[0], shape[3], shape[1], shape[2], shape[0], hidden)
-    theirs.heads = nn.Identity()  # type: ignore[assignment]
+    theirs.heads = nn.Identity()
     known = _VITS.get(shape) if hidden == 4 * shape[0] else None
     made = (
         f"{known}(image_size={embed.img_size[0]})"
@@ -121,7 +122,7 @@ def _swin(trunk: Any) -> tuple[nn.Module, list[str], str]:
     window = max(block.window_size[0] for stage in trunk.layers for block in stage.blocks)
     ratio = first.mlp.fc1.out_features / first.mlp.fc1.in_features
     theirs = SwinTransformer([patch] * 2, trunk.embed_dim, depths, heads, [window] * 2, mlp_ratio=ratio)
-    theirs.head = nn.Identity()  # type: ignore[assignment]
+    theirs.head = nn.Identity()
     made = f"SwinTransformer({[patch] * 2}, {trunk.embed_dim}, {depths}, {heads}, {[window] * 2}, mlp_ratio={ratio:g})"
     return theirs.double().eval(), [f"network = torchvision.models.{made}"], "head"
 

@@ -139,7 +139,7 @@ def difference(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tens
     expected, found = ours(images), theirs(images)
     if expected.shape != found.shape:
         raise SslError(f"features have the shape {tuple(found.shape)} there and {tuple(expected.shape)} here")
-    relative = ((expected - found).abs().max() / expected.abs().max()).item()
+    relative = float((expected - found).abs().max() / expected.abs().max())
     if not relative <= CLOSE:
         raise SslError(f"the converted network says something else: features differ by {relative:.2g}")
     return relative

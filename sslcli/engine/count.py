@@ -21,7 +21,6 @@ from torch.utils.module_tracker import ModuleTracker
 
 from sslcli.config import choice
 from sslcli.config.presets import PretrainPreset
-from sslcli.config.views import eval_view_for
 from sslcli.contracts import Backbone, Batch, Method, Progress
 from sslcli.data.arrays import Arrays
 from sslcli.engine.build import facts_of, feed_of, loader_of, method_of
@@ -150,7 +149,7 @@ def example_of(preset: PretrainPreset) -> Batch:
             "run": preset.run.model_copy(update={"accumulate": 1, "views": "fast", "channels_last": False}),
         }
     )
-    side = max(256, eval_view_for(preset.views).resize)
+    side = max(256, preset.views.eval_view.resize)
     noise = np.random.default_rng(0).integers(0, 256, (FEW, side, side, 3), dtype=np.uint8)
     views = build_views(preset.views, seed_of(preset.seed, "views"))
     with closing(loader_of(few, Arrays(noise), views)) as loader:
@@ -160,7 +159,7 @@ def example_of(preset: PretrainPreset) -> Batch:
 def views_of(backbone: Backbone, example: Batch, preset: PretrainPreset) -> tuple[View, ...]:
     """The backbone's forward pass for each size of view, and for the size of the evaluation."""
     sizes = Counter((view.shape[2], view.shape[3]) for view in example.views if view.ndim == 4)
-    side = eval_view_for(preset.views).size
+    side = preset.views.eval_view.size
     sizes.setdefault((side, side), 0)
     return tuple(
         View(height, width, count, _flops_of(backbone, height, width))
@@ -203,7 +202,7 @@ def _flops_of(backbone: Backbone, height: int, width: int) -> int:
         hollow(backbone)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             backbone(torch.empty(1, 3, height, width))
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _parts(method: Method[Any], flops: Mapping[str, float]) -> Iterator[Part]:
@@ -248,7 +247,7 @@ class _PerPart(TorchDispatchMode):
     def __init__(self, root: str) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()
-        self._inside = ModuleTracker()
+        self._inside: Any = ModuleTracker()  # type: ignore[no-untyped-call]
         self._root = f"{root}."
 
     def __enter__(self) -> "_PerPart":

@@ -188,7 +188,8 @@ def load(
     Args:
         what: a run folder (its newest step), a checkpoint, a file of `ssl extract-backbone`, another tool's file.
         allow_partial: accept a file whose tensors fit the network only in part; the rest keeps its initial values.
-        part: which network of another tool's file: `student` or `teacher`; when None, the one its layout takes.
+        part: which network of a run, checkpoint or another tool's file: `student` or `teacher` (its slow twin); when
+            None, the one that the method or layout takes.
         layout: whose file it is, where that cannot be told.
         changes: keys of the backbone that another tool's file does not tell.
 
@@ -199,12 +200,18 @@ def load(
     if is_foreign(path):
         return _of_foreign(path, allow_partial=allow_partial, part=part, layout=layout, changes=changes or {})
     if path.resolve().suffix == checkpoint.FOLDER:
-        return _of_checkpoint(path)
+        return _of_checkpoint(path, part)
     if path.is_dir():
-        return _of_run(path, allow_partial=allow_partial)
-    if _begins_like_safetensors(path):
-        return _of_safetensors(path, allow_partial=allow_partial)
-    return _of_checkpoint(path)
+        return (
+            _of_run(path, allow_partial=allow_partial)
+            if part is None
+            else _of_checkpoint(checkpoint.newest(path), part)
+        )
+    if not _begins_like_safetensors(path):
+        return _of_checkpoint(path, part)
+    if part is not None:
+        raise WeightsError(f"`{path}` holds one network only", hint="`--part` needs the run or one of its checkpoints")
+    return _of_safetensors(path, allow_partial=allow_partial)
 
 
 def is_foreign(path: Path) -> bool:
@@ -454,9 +461,9 @@ def method_at(path: Path) -> tuple[Method[Any], PretrainPreset, checkpoint.State
     return method, preset, state
 
 
-def _of_checkpoint(path: Path) -> Weights:
+def _of_checkpoint(path: Path, part: str | None = None) -> Weights:
     method, preset, state = method_at(path)
-    backbone = _at_rest(method.exported())
+    backbone = _at_rest(_part_of(method, part))
     tensors = _tensors(backbone)
     _check_finite(tensors, path)
     step = state["progress"]["step"]
@@ -474,6 +481,19 @@ def _of_checkpoint(path: Path) -> Weights:
         preset=state["preset"],
     )
     return Weights(backbone, manifest, path, _run_of(path), Match(len(tensors)))
+
+
+def _part_of(method: Method[Any], part: str | None) -> Backbone:
+    """The network worth keeping, or the one that is asked for."""
+    if part is None:
+        return method.exported()
+    slow = [child for child in method.children() if isinstance(child, Backbone) and child is not method.backbone]
+    networks = {"student": method.backbone, **({"teacher": slow[0]} if slow else {})}
+    if part not in networks:
+        raise WeightsError(
+            f"`{method.cfg.name}` has no network `{part}`", hint=f"there is {' and '.join(f'`{n}`' for n in networks)}"
+        )
+    return networks[part]
 
 
 def _of_foreign(

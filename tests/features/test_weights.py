@@ -289,3 +289,23 @@ def test_facts_of_a_checkpoint_rebuild_the_method(tiny_run: Path):
     preset = load(tiny_run).preset()
     method = method_of(preset, RunFacts(**state["facts"]))
     assert set(method.state_dict()) == set(state["method"])
+
+
+def test_the_slow_twin_of_a_run_can_be_asked_for(tmp_path: Path):
+    method = "method={name: moco, queue: 64}"
+    settings = ("data.source.count=64", "data.batch_size=32", "run.epochs=1", "run.views=fast", "run.monitor=null",
+                "run.tensorboard=false", "backbone.width=8", method)  # fmt: skip
+    pretrain(load_preset("pretrain", "demo-digits", settings).preset, tmp_path)
+    state = checkpoint.read(checkpoint.newest(tmp_path))["method"]
+    for part, place in (("student", "backbone"), ("teacher", "slow_backbone"), (None, "backbone")):
+        found = load(tmp_path, part=part).backbone.trunk.state_dict()
+        assert torch.equal(found["layer1.0.conv1.weight"], state[f"{place}.trunk.layer1.0.conv1.weight"])
+    assert not torch.equal(state["slow_backbone.trunk.conv1.weight"], state["backbone.trunk.conv1.weight"])
+
+
+def test_a_part_that_is_not_there_is_refused(tiny_run: Path, tmp_path: Path):
+    with pytest.raises(WeightsError, match="`simclr` has no network `teacher`"):
+        load(tiny_run, part="teacher")
+    file = extract(tiny_run, tmp_path / "b.safetensors").path
+    with pytest.raises(WeightsError, match="holds one network only"):
+        load(file, part="student")

@@ -1,0 +1,63 @@
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from typer.testing import CliRunner
+
+from sslcli.cli import app
+from sslcli.cli.convert import targets
+from sslcli.errors import UserError, WeightsError
+
+
+def ran(*words: str | Path):
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 as torchvision saves it."""
+    path = tmp_path_factory.mktemp("theirs") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return path
+
+
+def test_the_folder_is_the_list_of_targets():
+    assert {"torchvision", "timm", "huggingface", "detectron2", "mmdet", "mmseg", "mmpretrain", "onnx"} == set(
+        targets()
+    )
+
+
+def test_from_one_tool_to_another(theirs: Path, tmp_path: Path):
+    done = ran("convert", "detectron2", theirs, tmp_path / "r.pkl")
+    assert done.stdout == f"{tmp_path / 'r.pkl'}\n"
+    assert "120 tensors matched, 1 missing, 0 unexpected" in done.stderr
+    assert "STRIDE_IN_1X1: False" in done.stderr
+    assert "note: detectron2's own defaults are for other weights" in done.stderr
+    with (tmp_path / "r.pkl").open("rb") as file:
+        written = pickle.load(file)["model"]
+    stem = torch.load(theirs, weights_only=True)["conv1.weight"]
+    assert torch.equal(torch.from_numpy(written["stem.conv1.weight"]), stem)
+    told = json.loads(ran("convert", "mmdet", theirs, tmp_path / "r.pth", "--json").stdout)
+    assert (told["path"], told["tensors"]) == (str(tmp_path / "r.pth"), 120)
+
+
+def test_what_does_not_go_together_is_refused(tiny_run: Path, tmp_path: Path):
+    with pytest.raises(WeightsError, match="detectron2 has no ResNet with depth 10"):
+        ran("convert", "detectron2", tiny_run, tmp_path / "r.pkl")
+    with pytest.raises(UserError, match="no `detectron`; did you mean `detectron2`") as caught:
+        ran("convert", "detectron", tiny_run, tmp_path / "r.pkl")
+    assert "mmpretrain: MMPretrain" in str(caught.value.hint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_into_the_files_that_take_it(tiny_run: Path, tmp_path: Path):
+    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+    with pytest.raises(WeightsError, match="no ResNet of depth 10 and width 8") as caught:
+        ran("convert", "timm", tmp_path / "run", tmp_path / "r.safetensors")
+    assert "onnx" in str(caught.value.hint)
