@@ -245,18 +245,18 @@ class _PerPart(TorchDispatchMode):
     """Counts the operations of a forward pass by the child of the root module in which they happen."""
 
     def __init__(self, root: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops: Counter[str] = Counter()
-        self._inside: Any = ModuleTracker()  # type: ignore[no-untyped-call]
+        self._inside: Any = ModuleTracker()
         self._root = f"{root}."
 
     def __enter__(self) -> "_PerPart":
         self._inside.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._inside.__exit__(*error)
 
     def __torch_dispatch__(
