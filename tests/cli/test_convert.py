@@ -61,3 +61,24 @@ def test_a_run_goes_into_the_files_that_take_it(tiny_run: Path, tmp_path: Path):
     with pytest.raises(WeightsError, match="no ResNet of depth 10 and width 8") as caught:
         ran("convert", "timm", tmp_path / "run", tmp_path / "r.safetensors")
     assert "onnx" in str(caught.value.hint)
+
+
+@pytest.mark.golden
+def test_a_checkpoint_of_moco_becomes_what_its_own_converter_makes_of_it(golden: Path, tmp_path: Path):
+    recorded = json.loads((golden / "converters" / "moco_to_detectron2_r18_v1.json").read_text())
+    rows = recorded["mapping_old_new_shape_dtype"]
+    state = {
+        old: torch.full(shape, number, dtype=getattr(torch, dtype))
+        for number, (old, _, shape, dtype) in enumerate(rows)
+    }
+    twin = {name.replace("encoder_q", "encoder_k"): -tensor for name, tensor in state.items()}
+    queue = {"module.queue": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    file = tmp_path / "checkpoint_0199.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": {**state, **twin, **queue}, "optimizer": {}}, file)
+    done = ran("convert", "detectron2", file, tmp_path / "r.pkl")
+    assert "120 tensors matched" in done.stderr
+    with (tmp_path / "r.pkl").open("rb") as pickled:
+        found = pickle.load(pickled)["model"]
+    kept = {new: number for number, (_, new, *_) in enumerate(rows) if not new.startswith("stem.fc")}
+    assert found.keys() == kept.keys()
+    assert all((found[name] == number).all() for name, number in kept.items())
