@@ -21,7 +21,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from sslcli.config import choice
 from sslcli.config.presets import PretrainPreset
-from sslcli.contracts import Backbone, Batch, Method, Progress
+from sslcli.contracts import Backbone, Batch, Method, Progress, RunFacts
 from sslcli.data.arrays import Arrays
 from sslcli.engine.build import facts_of, feed_of, loader_of, method_of
 from sslcli.seeds import seed_of
@@ -96,8 +96,7 @@ def cost_of(preset: PretrainPreset, images: int) -> Cost:
     steps = max(1, full + (rest > 0 and not preset.data.drop_last))
     facts = facts_of(preset, images=images, steps_per_epoch=steps)
     at = Progress(step=0, total=facts.total_steps, steps_per_epoch=steps, seed=preset.seed)
-    with torch.device("meta"):
-        method = method_of(preset, facts)
+    method = _shaped(preset, facts)
     example = example_of(preset)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -183,6 +182,15 @@ def hollow(module: nn.Module) -> None:
             part._parameters[name] = like(parameter)  # type: ignore[assignment]
         for name, buffer in list(part.named_buffers(recurse=False, remove_duplicate=False)):
             part._buffers[name] = like(buffer)
+
+
+def _shaped(preset: PretrainPreset, facts: RunFacts) -> Method[Any]:
+    """The method without content in its tensors, or with it where the constructor looks at values."""
+    try:
+        with torch.device("meta"):
+            return method_of(preset, facts)
+    except RuntimeError:
+        return method_of(preset, facts)
 
 
 def _counted(method: Method[Any], batch: Batch, at: Progress) -> tuple[Counter[str], int]:

@@ -61,6 +61,20 @@ def test_a_module_whose_inner_layers_are_called_counts_as_itself():
     assert parts["backbone"].flops == parts["slow_backbone"].flops == 8_174_272_512
 
 
+def test_hidden_patches_are_not_counted():
+    """MAE, ViT-B: 50 of 197 tokens through the encoder, all through a decoder of 8 blocks and 512 channels."""
+    cost = count.cost_of(load("pretrain", "mae-vitb16-400e", ["data.batch_size=64"]).preset, 10_000)
+    backbone = next(part for part in cost.parts if part.name == "backbone")
+    assert cost.counted_on == 64
+    assert cost.forward / 1e9 == pytest.approx(19.6, abs=0.05)
+    assert backbone.flops < 0.27 * cost.views[0].flops
+
+
+def test_a_constructor_that_looks_at_values_is_run_for_real():
+    cost = count.cost_of(load("pretrain", "cae-cifar10-cpu").preset, 1000)
+    assert cost.forward > next(part.flops for part in cost.parts if part.name == "backbone") > 0
+
+
 def test_crops_of_two_sizes_add_up():
     cost = count.cost_of(load("pretrain", "dino-vits16-100e").preset, 10_000)
     large, small = cost.views
