@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from sslcli.convert._layout import Network, Written
-from sslcli.convert._write import built, difference, images_for, suffixed, write_tensors
+from sslcli.convert._write import built, difference, images_for, other_stem, suffixed, write_tensors
 from sslcli.errors import WeightsError
 
 
@@ -65,7 +65,7 @@ def _call(network: Network, trunk: Any) -> tuple[str, dict[str, Any], dict[str, 
             size = {"img_size": said["image_size"]} if said.get("image_size") else {}
             return said["model"], {**size, **(said.get("args") or {})}, {}
         case "resnet":
-            return _resnet(network)
+            return _resnet(network, trunk)
         case "vit":
             block, embed = trunk.blocks[0], trunk.patch_embed
             wanted = {
@@ -108,16 +108,12 @@ def _nearest_vit(wanted: dict[str, int]) -> tuple[str, dict[str, int]]:
     return model, _VITS[model]
 
 
-def _resnet(network: Network) -> tuple[str, dict[str, Any], dict[str, nn.Module]]:
-    said = {"depth": 50, "width": 64, "stem": "imagenet", **network.backbone}
-    depth, width, stem = said["depth"], said["width"], said["stem"]
+def _resnet(network: Network, trunk: Any) -> tuple[str, dict[str, Any], dict[str, nn.Module]]:
+    said = {"depth": 50, "width": 64, **network.backbone}
+    depth, width = said["depth"], said["width"]
     if width != 64 or depth not in (18, 26, 34, 50, 101, 152):
         raise WeightsError(
             f"timm has no ResNet of depth {depth} and width {width} with one convolution in its stem",
             hint="`ssl convert onnx` takes every network",
         )
-    stride = {"cifar": 1, "small": 2}.get(stem)
-    if stride is None:
-        return f"resnet{depth}", {}, {}
-    conv = nn.Conv2d(3, 64, 3, stride=stride, padding=1, bias=False)
-    return f"resnet{depth}", {}, {"conv1": conv, "maxpool": nn.Identity()}
+    return f"resnet{depth}", {}, other_stem(trunk)

@@ -14,6 +14,7 @@ from sslcli.convert._write import (
     difference,
     images_for,
     only,
+    other_stem,
     standard_resnet,
     suffixed,
     translated,
@@ -44,7 +45,7 @@ def write(network: Network, out: Path) -> Written:
     )
     ours = built(network)
     if kind == "resnet":
-        theirs, lines, head = _resnet(network)
+        theirs, lines, head = _resnet(network, ours.trunk)
         tensors = dict(network.tensors)
     elif kind == "swin":
         theirs, lines, head = _swin(ours.trunk)
@@ -74,7 +75,7 @@ def write(network: Network, out: Path) -> Written:
     )
 
 
-def _resnet(network: Network) -> tuple[nn.Module, list[str], str]:
+def _resnet(network: Network, trunk: Any) -> tuple[nn.Module, list[str], str]:
     """Torchvision's network, the lines that make it, and the name of its classifier."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -84,15 +85,9 @@ def _resnet(network: Network) -> tuple[nn.Module, list[str], str]:
     )
     theirs.fc = nn.Identity()
     lines = [f"network = torchvision.models.resnet{depth}()"]
-    stem = network.backbone.get("stem", "imagenet")
-    if stem != "imagenet":
-        stride = 1 if stem == "cifar" else 2
-        theirs.conv1 = nn.Conv2d(3, 64, 3, stride=stride, padding=1, bias=False)
-        theirs.maxpool = nn.Identity()
-        lines += [
-            f"network.conv1 = torch.nn.Conv2d(3, 64, 3, stride={stride}, padding=1, bias=False)",
-            "network.maxpool = torch.nn.Identity()",
-        ]
+    for name, layer in other_stem(trunk).items():
+        setattr(theirs, name, layer)
+        lines.append(f"network.{name} = torch.nn.{layer!r}")
     return theirs.double().eval(), lines, "fc"
 
 

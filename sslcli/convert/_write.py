@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslcli.config import choice
 from sslcli.contracts import Backbone
@@ -99,6 +99,15 @@ def standard_resnet(network: Network, tool: str, *, stem: str | None = "imagenet
             hint="`ssl convert onnx` takes every network",
         )
     return int(said["depth"])
+
+
+def other_stem(trunk: Any) -> dict[str, nn.Module]:
+    """What is to be put in place of the first layers of a standard ResNet: nothing, or a small convolution alone."""
+    conv = trunk.conv1
+    if conv.kernel_size == (7, 7):
+        return {}
+    fresh = nn.Conv2d(3, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    return {"conv1": fresh, "maxpool": nn.Identity()}
 
 
 def built(network: Network) -> Backbone:
