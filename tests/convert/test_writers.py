@@ -186,7 +186,7 @@ def test_names_and_shapes_of_hugging_face(golden: Path, kind: str, config: dict[
 
 @pytest.mark.parametrize(
     "config",
-    [{"name": "resnet", "depth": 18, "stem": "cifar"}, VIT, {**VIT, "pool": "mean"}, SWIN],
+    [{"name": "resnet", "depth": 18, "stem": "padded"}, VIT, {**VIT, "pool": "mean"}, SWIN],
     ids=["resnet", "cls", "mean", "swin"],
 )
 def test_torchvision_says_the_same(tmp_path: Path, config: dict[str, Any]):
