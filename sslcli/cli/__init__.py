@@ -57,7 +57,9 @@ app.command("extract-backbone")(extract.extract_backbone)
 app.command("extract", hidden=True)(extract.extract_backbone)
 app.command("features")(features.features)
 app.add_typer(evaluate.app, name="eval")
-app.command("knn", hidden=True)(evaluate.knn)
+for _name in evaluate.SHORT:
+    if _name in evaluate.COMMANDS:
+        app.command(_name, hidden=True)(evaluate.COMMANDS[_name])
 app.command("demo")(demo.demo)
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
