@@ -34,7 +34,7 @@ class Source(ABC):
     targets: I64 | None = None
     """(N, C) where an image may show several classes: 1 the class is there, 0 it is not, -1 it is hard to tell."""
     cameras: I64 | None = None
-    """(N,) which camera took each image, where that is known."""
+    """(N,) which camera took each image, where that is known: a number that another source has for it too."""
     on_error: Literal["skip", "stop"] = "stop"
     """What becomes of an image that cannot be read."""
     ignored: int = 0

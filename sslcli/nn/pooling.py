@@ -11,6 +11,8 @@ VALUES = 9000
 """About how many values a map is pooled to (Goyal et al. 2019, https://arxiv.org/abs/1905.01235, appendix)."""
 WINDOWS = ((10, 10, 4), (16, 8, 0), (13, 5, 0), (8, 3, 0), (6, 1, 0))
 """Side, stride and padding of the windows for the five stages of a ResNet-50 that sees 224 x 224 pixels."""
+SIDES = (12, 6, 4, 3, 2)
+"""Windows a side that give about as many values when they cover the maps instead."""
 STAGES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 """Channels and side of the maps those windows are made for; they give 9216, 9216, 8192, 9216 and 8192 values."""
 
