@@ -43,15 +43,20 @@ def at_eleven_points(recall: F64, precision: F64) -> float:
     return sum(best) / 11
 
 
-def at_hits(recall: F64, precision: F64) -> float:
-    """Mean of the precision at every hit, without smoothing: average precision in retrieval, and scikit-learn's."""
-    gained = np.diff(recall, prepend=0.0)
-    return float((gained * precision).sum())
+def at_hits(places: I64) -> float:
+    """Mean of the precision at every hit, without smoothing: average precision in retrieval, and scikit-learn's.
+
+    Args:
+        places: (H,) where the hits stand in the ranking, from 0, ascending.
+    """
+    return float((np.arange(1, len(places) + 1) / (places + 1)).mean())
 
 
-def by_trapezia(recall: F64, precision: F64) -> float:
-    """Area under straight lines between the precision before and at every hit, as Market-1501's own code has it."""
-    place = np.arange(len(recall))
-    hits = np.flatnonzero(np.diff(recall, prepend=0.0))
-    before = np.where(place[hits] > 0, np.arange(len(hits)) / np.maximum(place[hits], 1), 1.0)
-    return float((np.diff(recall, prepend=0.0)[hits] * (before + precision[hits]) / 2).sum())
+def by_trapezia(places: I64) -> float:
+    """Area under straight lines between the precision before and at every hit, as Market-1501's own code has it.
+
+    Args:
+        places: (H,) where the hits stand in the ranking, from 0, ascending.
+    """
+    before = np.where(places > 0, np.arange(len(places)) / np.maximum(places, 1), 1.0)
+    return float(((before + np.arange(1, len(places) + 1) / (places + 1)) / 2).mean())
