@@ -21,6 +21,7 @@ from sslcli.cli import (
     pretrain,
     runs,
     show,
+    tsne,
     verify,
 )
 from sslcli.errors import SslError, StoppedOnRequest
@@ -56,6 +57,7 @@ app.command("resume")(pretrain.resume)
 app.command("extract-backbone")(extract.extract_backbone)
 app.command("extract", hidden=True)(extract.extract_backbone)
 app.command("features")(features.features)
+app.command("tsne")(tsne.tsne)
 app.add_typer(evaluate.app, name="eval")
 for _name in evaluate.SHORT:
     if _name in evaluate.COMMANDS:

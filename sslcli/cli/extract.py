@@ -39,4 +39,5 @@ def extract_backbone(
             file=sys.stderr,
         )
     print(done.path)
-    print(f"next: ssl eval knn {done.path}", file=sys.stderr)
+    images = "" if done.manifest.source.classes else " --train DIR --test DIR"  # it learned from images without labels
+    print(f"next: ssl eval knn {done.path}{images}", file=sys.stderr)

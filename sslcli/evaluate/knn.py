@@ -21,7 +21,7 @@ from sslcli.nn.neighbours import votes
 
 QUERIES = 1024
 """Test images per block of similarities."""
-BANK = 8192
+BANK = 16384
 """Training images per block of similarities on a CPU."""
 BANK_ON_GPU = 131072
 """The same on a GPU, which has the memory, and to which the test images are sent once per block."""
@@ -114,7 +114,7 @@ def neighbours(
     The bank is walked once, block by block; each block is normalised where it is used and merged into the best `k` so
     far. Beside the two tables, memory holds the result (Q x k x 12 bytes), one normalised block of the bank and one of
     the queries, one block of similarities, and those that may be among the best: for 1.28 million x 2048 features and
-    50,000 queries at k = 200, that is 120 MB + 67 MB + 8 MB + 34 MB + at most 46 MB on a CPU, where the full matrix of
+    50,000 queries at k = 200, that is 120 MB + 134 MB + 8 MB + 67 MB + at most 46 MB on a CPU, where the full matrix of
     similarities would take 256 GB. Tables in float16 are computed with in float32.
 
     Args:
