@@ -144,6 +144,7 @@ def neighbours(
             if value.shape[1]:
                 value, order = torch.cat([kept, value], dim=1).topk(k, dim=1)
                 best[rows], row[rows] = value.cpu(), torch.cat([place, at + start], dim=1).gather(1, order).cpu()
+        del block  # before the next one is made
     return Neighbours(best, row)
 
 
@@ -172,4 +173,6 @@ def place_of(label: Tensor, score: Tensor) -> Tensor:
 
 
 def _unit(rows: F32, device: torch.device) -> Tensor:
-    return F.normalize(torch.from_numpy(np.ascontiguousarray(rows)).to(device).float(), dim=1)
+    given = torch.from_numpy(np.ascontiguousarray(rows))
+    wide = given.to(device, torch.float32)
+    return F.normalize(wide, dim=1, out=None if wide is given else wide)  # a copy may be written to, the table may not
