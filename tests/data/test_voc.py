@@ -81,7 +81,7 @@ def test_what_is_wrong_is_said_with_its_place(voc: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"cat_trainval\.txt:1: expected an image and 1, -1 or 0, found `000007 2`"):
         open_source(Voc(path=voc))
     (lists / "cat_trainval.txt").write_text(whole.replace("000007", "000008"))
-    with pytest.raises(DataError, match="does not name the images that `bird_trainval.txt` names"):
+    with pytest.raises(DataError, match=r"does not name the images that `bird_trainval\.txt` names"):
         open_source(Voc(path=voc))
     (lists / "cat_trainval.txt").write_text(whole)
     for path in (voc / "JPEGImages").iterdir():
