@@ -1,62 +1,26 @@
 """Features in the plane, for people to look at: which images does a network find alike?"""
 
-from typing import Literal, final
+from typing import Literal
 
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from sslcli.data.source import U8, Source
+from sslcli.data.part import Part
+from sslcli.data.source import Source
 from sslcli.errors import DataError, UserError
-from sslcli.features.table import F32, I64
+from sslcli.features.table import F32
 from sslcli.seeds import permutation, seed_of
 
 FIRST = 50
 """Principal components that features are reduced to before t-SNE, as its authors advise."""
 
 
-@final
-class Few(Source):
-    """Some images of a source, in its order."""
-
-    def __init__(self, whole: Source, rows: I64) -> None:
-        self._whole = whole
-        self.rows = rows
-        self.labels = None if whole.labels is None else whole.labels[rows]
-        self.targets = None if whole.targets is None else whole.targets[rows]
-        self.classes = whole.classes
-        self.on_error = whole.on_error
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> U8:
-        """The image (H, W, 3)."""
-        return self._whole.read(int(self.rows[index]))
-
-    def name(self, index: int) -> str:
-        """What the whole source calls it."""
-        return self._whole.name(int(self.rows[index]))
-
-    def resident(self) -> U8 | None:
-        """The images, where the whole source holds them."""
-        held = self._whole.resident()
-        return None if held is None else held[self.rows]
-
-    def fingerprint(self) -> str:
-        """Digest of the whole source's and of which images these are."""
-        return f"{seed_of(self._whole.fingerprint(), self.rows.tobytes().hex()):016x}"
-
-    def stamp(self) -> str:
-        """Digest of the whole source's stamp and of which images these are."""
-        return f"{seed_of(self._whole.stamp(), self.rows.tobytes().hex()):016x}"
-
-
 def few(source: Source, count: int, seed: int) -> Source:
     """At most so many images of a source, drawn by the seed; the source itself where it has no more."""
     if len(source) <= count:
         return source
-    return Few(source, np.sort(permutation(len(source), seed_of(seed, "few"))[:count]).astype(np.int64))
+    return Part(source, np.sort(permutation(len(source), seed_of(seed, "few"))[:count]).astype(np.int64))
 
 
 def in_plane(rows: F32, method: Literal["tsne", "umap"], *, seed: int, perplexity: float) -> F32:
