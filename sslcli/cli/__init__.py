@@ -25,6 +25,7 @@ from sslcli.cli import (
     publish,
     runs,
     show,
+    tsne,
     verify,
 )
 from sslcli.errors import SslError, StoppedOnRequest
@@ -62,8 +63,11 @@ app.command("extract", hidden=True)(extract.extract_backbone)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("features")(features.features)
+app.command("tsne")(tsne.tsne)
 app.add_typer(evaluate.app, name="eval")
-app.command("knn", hidden=True)(evaluate.knn)
+for _name in evaluate.SHORT:
+    if _name in evaluate.COMMANDS:
+        app.command(_name, hidden=True)(evaluate.COMMANDS[_name])
 app.command("demo")(demo.demo)
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")

@@ -4,7 +4,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from sslcli.errors import SslError, UserError
 
 if TYPE_CHECKING:
     from sslcli.evaluate._job import Outcome, Protocol
+    from sslcli.features.table import Scores
     from sslcli.features.weights import Weights
 
 EVALUATORS = Path(__file__).parents[1] / "evaluate"
@@ -46,11 +47,18 @@ def command(evaluator: str) -> Callable[..., None]:
         ] = None,
         override: Override = None,
         seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every draw.")] = None,
+        seeds: Annotated[
+            int,
+            typer.Option("--seeds", min=1, help="Draw so often, with seeds that follow each other; mean ± deviation."),
+        ] = 1,
         floors: Annotated[
             bool, typer.Option("--floors", help="Judge raw pixels and the untrained network too.")
         ] = False,
         gpus: Gpus = None,
         procs: Procs = None,
+        no_cache: Annotated[
+            bool, typer.Option("--no-cache", help="Neither use features that are kept nor keep any.")
+        ] = False,
         allow_partial: Partial = False,
         part: PartOf = None,
         as_json: Json = False,
@@ -64,13 +72,15 @@ def command(evaluator: str) -> Callable[..., None]:
         protocol = protocol_of(evaluator, preset or newest(evaluator), override or (), seed, images)
         share(gpus, procs)
         with dist.joined(), Passes() as passes:
-            outcome = _judge(
-                weights_of(target, allow_partial=allow_partial, part=part), protocol, tables, floors, passes
-            )
+            weights = weights_of(target, allow_partial=allow_partial, part=part)
+            how = How(floors=floors, seeds=seeds, cached=not no_cache)
+            outcome = _judge(weights, protocol, tables, how, passes)
         if outcome is None:
             return
         print(json.dumps(asdict(outcome.report), indent=2) if as_json else table(outcome), flush=True)
         report = keep(outcome)
+        for note in outcome.notes:
+            print(note, file=sys.stderr)
         for warning in outcome.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(f"report: {report}\nnext: {_next(evaluator, target)}", file=sys.stderr)
@@ -79,17 +89,24 @@ def command(evaluator: str) -> Callable[..., None]:
     return judge
 
 
-knn = command("knn")
+COMMANDS = {file.stem.replace("_", "-"): command(file.stem) for file in sorted(EVALUATORS.glob("[!_]*.py"))}
+"""The command of every evaluator there is."""
+SHORT = ("knn", "linear", "svm", "semi")
+"""Those that may be called without `eval`."""
 
-for _file in sorted(EVALUATORS.glob("[!_]*.py")):
-    app.command(_file.stem.replace("_", "-"))(command(_file.stem))
+for _name, _judge_with in COMMANDS.items():
+    app.command(_name)(_judge_with)
 
 
 def newest(evaluator: str) -> str:
-    """The shipped protocol of this evaluator with the highest version."""
+    """The shipped protocol that is meant where an evaluator alone is named: of its family, the highest version."""
+    from sslcli.config.choice import config_of, members
     from sslcli.config.load import names
 
-    start = f"{evaluator.replace('_', '-')}-v"
+    known = evaluator in members("sslcli.evaluate")
+    family = vars(config_of("sslcli.evaluate", evaluator)).get("protocol", "") if known else ""
+    family = family or evaluator.replace("_", "-")
+    start = f"{family}-v"
     versions = [name.removeprefix(start) for name in names("eval") if name.startswith(start)]
     numbers = [int(version) for version in versions if version.isdecimal()]
     if not numbers:
@@ -139,20 +156,34 @@ def table(outcome: "Outcome") -> str:
     width = max(map(len, (protocol, *outcome.report.metrics)))
     lines = [f"{protocol:<{width}}" + "".join(f"  {name:>12}" for name in columns)]
     for metric in outcome.report.metrics:
-        cells = "".join(f"  {scores.metrics[metric]:>10.2f} %" for scores in columns.values())
+        cells = "".join(f"  {_cell(scores, metric):>12}" for scores in columns.values())
         lines.append(f"{metric:<{width}}{cells}")
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How an evaluation is carried out, beside its protocol."""
+
+    floors: bool = False
+    seeds: int = 1
+    cached: bool = True
+
+
+def _cell(scores: "Scores", metric: str) -> str:
+    spread = f" ± {scores.spread[metric]:.2f}" if metric in scores.spread else ""
+    return f"{scores.metrics[metric]:.2f}{spread} %"
+
+
 def _judge(
-    weights: "Weights", protocol: "Protocol", tables: Sequence[Path], floors: bool, passes: Passes
+    weights: "Weights", protocol: "Protocol", tables: Sequence[Path], how: How, passes: Passes
 ) -> "Outcome | None":
     from sslcli.evaluate import _job
     from sslcli.features.table import FeatureTable
 
     if not tables:
-        return _job.evaluate(weights, protocol, floors=floors, passes=passes)
-    return _job.evaluate_tables(weights, protocol, *(FeatureTable.load(path) for path in tables))
+        return _job.evaluate(weights, protocol, floors=how.floors, passes=passes, seeds=how.seeds, cached=how.cached)
+    return _job.evaluate_tables(weights, protocol, *(FeatureTable.load(path) for path in tables), seeds=how.seeds)
 
 
 def _tables(train: Path | None, test: Path | None, floors: bool) -> list[Path]:

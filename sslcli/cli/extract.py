@@ -39,4 +39,6 @@ def extract_backbone(
             file=sys.stderr,
         )
     print(done.path)
-    print(f"next: ssl eval knn {done.path}", file=sys.stderr)
+    trained_on = done.manifest.source
+    images = "" if trained_on is not None and trained_on.classes else " --train DIR --test DIR"  # no labels are known
+    print(f"next: ssl eval knn {done.path}{images}", file=sys.stderr)

@@ -256,6 +256,7 @@ def _dry_run(preset: "PretrainPreset", gpus: int | None) -> None:
 
 def _finish(folder: Path, fresh: bool, terminal: Terminal) -> None:
     from sslcli.features import weights
+    from sslcli.runs.folder import Run
 
     target = folder / "backbone.safetensors"
     if fresh or not target.exists():
@@ -263,4 +264,4 @@ def _finish(folder: Path, fresh: bool, terminal: Terminal) -> None:
     state = "finished" if fresh else "already finished"
     terminal.say(f"{state}: {folder}")
     terminal.say(f"  backbone  {target}\n  curves    {folder / 'curves.png'}\n  views     {folder / 'views.png'}")
-    terminal.say(f"next: ssl eval knn {folder}")
+    terminal.say(f"next: {Run(folder).evaluation}")

@@ -12,7 +12,7 @@ from sslcli.cli.options import Json
 if TYPE_CHECKING:
     from sslcli.runs.folder import Run
 
-app = typer.Typer(help="List runs, show one, watch one.", no_args_is_help=True)
+app = typer.Typer(help="List runs, show one, watch one, compare several.", no_args_is_help=True)
 
 ENDS = {"interrupted": "was interrupted", "lost": "is lost"}
 HEAD = ("run", "method", "step", "state", "loss", "knn", "updated")
@@ -76,6 +76,41 @@ def watch_run(
     )
 
 
+@app.command("compare")
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders with `reports` on weights.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every metric, not only the one that stands for all.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Set the reports of runs side by side: a row for what was measured alike, a column for each run."""
+    from sslcli.errors import UserError
+    from sslcli.runs import compare
+
+    found = compare.folders(runs)
+    rows = compare.compared(found)
+    if as_json:
+        print(strict_json(compare.as_data(rows)))
+        return
+    if not rows:
+        raise UserError("there is no report on any of these runs", hint=f"`ssl eval knn {runs[0]}` makes one")
+    lines: list[Sequence[str]] = [("protocol", "metric", *found)]
+    notes: list[str] = []
+    for row in rows:
+        name = row.kind.protocol
+        if row.differs:
+            notes.append(f"({len(notes) + 1}) not comparable with {name} above: other {', other '.join(row.differs)}")
+            name = f"{name} ({len(notes)})"
+        lines += [
+            (name, metric, *(compare.cell(row.entries.get(run), metric) for run in found))
+            for metric in (row.metrics if everything else (row.metric,))
+        ]
+    print(table(lines))
+    for note in notes:
+        print(note)
+
+
 def summary(run: "Run") -> dict[str, Any]:
     """One run in a few plain values."""
     status = run.status
@@ -124,7 +159,7 @@ def next_command(run: "Run") -> str:
         return f"ssl runs watch {run.path}"
     if state != "finished":
         return f"ssl resume {run.path}"
-    return f"ssl eval knn {run.path}" if knn(run) is None else f"ssl features {run.path} --data DIR --out FILE.npz"
+    return run.evaluation if knn(run) is None else f"ssl features {run.path} --data DIR --out FILE.npz"
 
 
 def strict_json(data: Any) -> str:

@@ -45,4 +45,6 @@ class BackboneConfig(Settings):
 class EvaluatorConfig(Settings):
     """Base of every evaluator's `Config`; the module's file name is its `name`."""
 
+    protocol: ClassVar[str] = ""
+    """The family of protocols whose newest version is meant where none is named; empty: the evaluator's own name."""
     name: str

@@ -27,11 +27,13 @@ class Folder(_Files):
 
 
 class FileList(_Files):
-    """Images named in a text file, one a line: a path, and optionally a label after the last space."""
+    """Images named in a text file, one a line: a path and perhaps a label after the last space; or in a CSV file."""
 
     name: Literal["list"] = "list"
     path: Path
     """The text file."""
+    part: str | None = None
+    """Only the rows with this word in the column `part` of a CSV file, e.g. `gallery`; when absent, all rows."""
     root: Path | None = None
     """Folder that relative paths start from; the list's own folder when absent."""
 
@@ -72,6 +74,16 @@ class Cifar(Settings):
     """Fetch the files with torchvision when they are absent."""
 
 
+class Voc(_Files):
+    """Images with several classes each, in the layout of Pascal VOC: `JPEGImages` and `ImageSets/Main`."""
+
+    name: Literal["voc"] = "voc"
+    path: Path
+    """The folder where that begins, or one above it: `VOCdevkit/VOC2007`, `VOCdevkit`, or where that lies."""
+    split: Literal["train", "val", "trainval", "test"] = "trainval"
+    """Which images; those of `test` belong to `trainval`, those of `val` to `train`."""
+
+
 class Digits(Settings):
     """scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels, enlarged to 32 x 32: real, small, offline."""
 
@@ -98,7 +110,9 @@ class ColouredDigits(Settings):
     """Which drawing of the pictures."""
 
 
-AnySource = Annotated[Folder | FileList | Packed | Npz | Cifar | Digits | ColouredDigits, Field(discriminator="name")]
+AnySource = Annotated[
+    Folder | FileList | Packed | Npz | Cifar | Voc | Digits | ColouredDigits, Field(discriminator="name")
+]
 
 
 class Data(Settings):

@@ -10,7 +10,7 @@ from sslcli.config.data import AnySource, Data
 from sslcli.config.optim import AnyOptim
 from sslcli.config.schedule import AnySchedule, Cosine
 from sslcli.config.types import Count, Index, Operational, Positive
-from sslcli.config.views import AnyViews, EvalView, Masked
+from sslcli.config.views import AnyViews, Masked, ViewChange
 
 AnyMethod = Annotated[SerializeAsAny[MethodConfig], chosen_from("sslcli.methods")]
 AnyBackbone = Annotated[SerializeAsAny[BackboneConfig], chosen_from("sslcli.backbones")]
@@ -207,8 +207,8 @@ class EvalPreset(Settings):
     """Images the evaluator learns from; when absent, the training images the weights came from."""
     test: AnySource | None = None
     """Images it is judged on; when absent, the test images that belong to `train`."""
-    view: EvalView | None = None
-    """How images are looked at; when absent, the view that goes with the weights."""
+    view: ViewChange | None = None
+    """What is changed about the view that goes with the weights."""
     batch_size: Annotated[Count, Operational()] = 256
     """Images per forward pass."""
     workers: Annotated[Index | None, Operational()] = None

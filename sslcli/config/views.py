@@ -106,14 +106,51 @@ class CropGroup(Settings):
 class EvalView(Settings):
     """The one deterministic view that evaluation and extraction use: resize the shorter side, crop the centre."""
 
-    resize: Count = 256
-    """Length of the shorter side after resizing, in pixels."""
+    resize: Count | None = 256
+    """Length of the shorter side after resizing, in pixels; null, with `squeeze` only: no such step."""
     size: Count = 224
-    """Side of the central crop in pixels."""
+    """Side of the central crop in pixels; without meaning under `squeeze`."""
+    squeeze: tuple[Count, Count] | None = None
+    """Height and width in pixels that the whole image is then resized to, whatever its proportions, instead of cropping
+    its centre."""
     interpolation: Interpolation = "bilinear"
     """Resampling filter, antialiased."""
     normalize: Normalize = Normalize()
     """What the network sees: (x / 255 - mean) / std."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of what the network sees, in pixels."""
+        return self.squeeze or (self.size, self.size)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "EvalView":
+        if self.resize is None and self.squeeze is None:
+            raise ValueError("`resize: null` needs `squeeze`, because a crop is cut from a resized image")
+        return self
+
+
+class ViewChange(Settings):
+    """What a protocol fixes of the view that goes with the weights; what is absent stays the weights' own."""
+
+    resize: Count | None = None
+    """Length of the shorter side after resizing, in pixels."""
+    size: Count | None = None
+    """Side of the central crop in pixels."""
+    squeeze: tuple[Count, Count] | None = None
+    """Height and width in pixels that the whole image is resized to instead of cropping its centre: after `resize`, or
+    at once where `resize` is absent."""
+    interpolation: Interpolation | None = None
+    """Resampling filter, antialiased."""
+    normalize: Normalize | None = None
+    """What the network sees: (x / 255 - mean) / std. The weights' own is right unless they come from elsewhere."""
+
+    def applied_to(self, view: EvalView) -> EvalView:
+        """The view with these changes."""
+        named = {key: value for key, value in self if value is not None}
+        if self.squeeze is not None:
+            named["resize"] = self.resize
+        return view.model_copy(update=named)
 
 
 class ViewKind(Settings, ABC):

@@ -48,6 +48,8 @@ class Files(Source):
         *,
         labels: I64 | None = None,
         classes: tuple[str, ...] = (),
+        targets: I64 | None = None,
+        cameras: I64 | None = None,
         on_error: Literal["skip", "stop"] = "skip",
         ignored: int = 0,
         remark: str = "",
@@ -56,6 +58,8 @@ class Files(Source):
         self._names = names
         self.labels = labels
         self.classes = classes
+        self.targets = targets
+        self.cameras = cameras
         self.on_error = on_error
         self.ignored = ignored
         self.remark = remark
@@ -92,9 +96,15 @@ class Files(Source):
         digest.update(self._names.ends.tobytes())
         sizes = array("q", (size_of(self._path(index)) for index in range(len(self))))
         digest.update(sizes.tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.tobytes())
+        for known in (self.labels, self.targets, self.cameras):
+            if known is not None:
+                digest.update(known.tobytes())
         return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """Digest of the fingerprint and the times at which the files were written."""
+        times = array("q", (written(self._path(index)) for index in range(len(self))))
+        return blake2b(self.fingerprint().encode() + times.tobytes(), digest_size=8).hexdigest()
 
     def _path(self, index: int) -> bytes:
         return os.path.join(self._root, self._names[index])
@@ -120,6 +130,14 @@ def size_of(path: bytes) -> int:
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):  # ValueError: a name no file can have
+        return -1
+
+
+def written(path: bytes) -> int:
+    """When a file was last written, in nanoseconds; -1 when it is not there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except (OSError, ValueError):
         return -1
 
 

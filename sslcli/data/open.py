@@ -6,7 +6,7 @@ Only what a source needs is imported for it, so that a wrong path is answered at
 import os
 from pathlib import Path
 
-from sslcli.config.data import AnySource, Cifar, ColouredDigits, Digits, FileList, Folder, Npz, Packed
+from sslcli.config.data import AnySource, Cifar, ColouredDigits, Digits, FileList, Folder, Npz, Packed, Voc
 from sslcli.data.source import Source
 from sslcli.errors import DataError
 
@@ -17,6 +17,8 @@ MANIFEST = "pack.json"
 """The file by which a folder of packed images is known."""
 
 OTHER_FOLDERS = ("val", "test")
+OTHER_PARTS: dict[str | None, str] = {"gallery": "query", "train": "test"}
+"""In a list with a column `part`, the rows to be judged that go with others."""
 SPLIT_FOLDERS = frozenset({"val", "valid", "validation", "dev", "test", "eval"})
 
 
@@ -40,7 +42,7 @@ def _opened(cfg: AnySource) -> Source:
         case FileList():
             from sslcli.data.file_list import open_list
 
-            return open_list(cfg.path, cfg.root, cfg.on_error)
+            return open_list(cfg.path, cfg.root, cfg.on_error, cfg.part)
         case Packed():
             from sslcli.data.packed import open_pack
 
@@ -53,6 +55,10 @@ def _opened(cfg: AnySource) -> Source:
             from sslcli.data.cifar import open_cifar
 
             return open_cifar(cfg.root, cfg.classes, cfg.split, cfg.download)
+        case Voc():
+            from sslcli.data.voc import open_voc
+
+            return open_voc(cfg.path, cfg.split, cfg.on_error)
         case Digits():
             from sslcli.data.digits import digits
 
@@ -71,6 +77,12 @@ def other_split(cfg: AnySource) -> AnySource | None:
         case ColouredDigits(split="train"):
             count = TEST_PICTURES if cfg.count >= TEST_PICTURES else max(1, cfg.count // 4)
             return cfg.model_copy(update={"split": "test", "count": count})
+        case Voc(split="trainval"):
+            return cfg.model_copy(update={"split": "test"})
+        case Voc(split="train"):
+            return cfg.model_copy(update={"split": "val"})
+        case FileList() if cfg.part in OTHER_PARTS:
+            return cfg.model_copy(update={"part": OTHER_PARTS[cfg.part]})
         case Folder() if cfg.path.name == "train":
             siblings = [cfg.path.with_name(name) for name in OTHER_FOLDERS]
             found = next((path for path in siblings if os.path.isdir(path.expanduser())), None)
@@ -93,7 +105,12 @@ def guess_source(path: Path) -> AnySource:
             f"`{path}` does not exist", hint="`--data` takes a folder, a list of files or an `.npz` archive"
         )
     match path.suffix.lower():
-        case ".txt" | ".csv":
+        case ".csv":
+            from sslcli.data.file_list import parts_of
+
+            there = parts_of(path)
+            return FileList(path=path, part=next((part for part in OTHER_PARTS if part in there), None))
+        case ".txt":
             return FileList(path=path)
         case ".npz":
             return Npz(path=path)
@@ -108,6 +125,7 @@ def guess_source(path: Path) -> AnySource:
 
 def _guess_folder(path: Path) -> AnySource:
     from sslcli.data.cifar import found_in
+    from sslcli.data.voc import found_in as voc_in
 
     for pack in (path, path / "train"):
         if os.path.isfile(pack / MANIFEST):
@@ -116,6 +134,8 @@ def _guess_folder(path: Path) -> AnySource:
         return Cifar(root=path, classes=10)
     if found_in(path, 100) is not None:
         return Cifar(root=path, classes=100)
+    if voc_in(path) is not None:
+        return Voc(path=path)
     return Folder(path=path / "train" if _has_split(path) else path)
 
 

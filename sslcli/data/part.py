@@ -20,6 +20,8 @@ class Part(Source):
         self._index = index
         self.labels = None if whole.labels is None else whole.labels[index]
         self.classes = whole.classes
+        self.targets = None if whole.targets is None else whole.targets[index]
+        self.cameras = None if whole.cameras is None else whole.cameras[index]
         self.on_error = whole.on_error
         self.ignored = whole.ignored
         self.remark = "; ".join(words for words in (whole.remark, remark) if words)
@@ -52,7 +54,14 @@ class Part(Source):
 
     def fingerprint(self) -> str:
         """Digest of the whole source's and of the numbers."""
-        digest = blake2b(self._whole.fingerprint().encode(), digest_size=8)
+        return self._digest(self._whole.fingerprint())
+
+    def stamp(self) -> str:
+        """Digest of the whole source's stamp and of the numbers."""
+        return self._digest(self._whole.stamp())
+
+    def _digest(self, whole: str) -> str:
+        digest = blake2b(whole.encode(), digest_size=8)
         digest.update(self._index.astype(np.int64).tobytes())
         return digest.hexdigest()
 

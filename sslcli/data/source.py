@@ -31,6 +31,10 @@ class Source(ABC):
     """(N,) numbers into `classes`, or None."""
     classes: tuple[str, ...] = ()
     """Names of the classes; empty without labels."""
+    targets: I64 | None = None
+    """(N, C) where an image may show several classes: 1 the class is there, 0 it is not, -1 it is hard to tell."""
+    cameras: I64 | None = None
+    """(N,) which camera took each image, where that is known: a number that another source has for it too."""
     on_error: Literal["skip", "stop"] = "stop"
     """What becomes of an image that cannot be read."""
     ignored: int = 0
@@ -65,3 +69,7 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the images or labels: names and sizes of files, or bytes of arrays."""
+
+    def stamp(self) -> str:
+        """Like the fingerprint, but of files it also changes when one was written again."""
+        return self.fingerprint()

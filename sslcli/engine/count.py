@@ -148,7 +148,7 @@ def example_of(preset: PretrainPreset) -> Batch:
             "run": preset.run.model_copy(update={"accumulate": 1, "views": "fast", "channels_last": False}),
         }
     )
-    side = max(256, preset.views.eval_view.resize)
+    side = max(256, preset.views.eval_view.resize or 0)
     noise = np.random.default_rng(0).integers(0, 256, (FEW, side, side, 3), dtype=np.uint8)
     views = build_views(preset.views, seed_of(preset.seed, "views"))
     with closing(loader_of(few, Arrays(noise), views)) as loader:

@@ -20,6 +20,14 @@ I64 = npt.NDArray[np.int64]
 BLOCK_BYTES = 64 * 2**20
 """Most that one exchange between ranks carries per rank: bounds the memory of gathering a table of any length."""
 
+Room = Callable[[str, int, int], F32]
+"""From a name, a number of rows and their length: where to put them, (M, D) of zeros."""
+
+
+def in_memory(name: str, rows: int, width: int) -> F32:
+    """Room for rows in memory."""
+    return np.zeros((rows, width), dtype=np.float32)
+
 
 class Pass(NamedTuple):
     """What a pass brought back."""
@@ -43,6 +51,7 @@ def features_of(
     network: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
     everywhere: bool = True,
+    room: Room = in_memory,
 ) -> Pass:
     """Apply a function to every image of a source, each rank to a contiguous share of them.
 
@@ -59,12 +68,14 @@ def features_of(
         network: the module that `apply` runs, which must be in evaluation mode.
         progress: called with (images done, images to do) of this rank.
         everywhere: whether all ranks get the rows.
+        room: where the main rank keeps the whole table of a name.
 
     Raises:
         DataError: not one image could be read; or one could not, and the source's policy is to stop.
     """
-    found = _own(apply, source, look, batch_size, workers, device, network, progress)
-    gathered = _gathered(found.rows, found.read, device, len(source), everywhere)
+    here = room if dist.world() == 1 else in_memory
+    found = _own(apply, source, look, batch_size, workers, device, network, progress, here)
+    gathered = _gathered(found.rows, found.read, device, len(source), everywhere, room)
     everyone = {index: line for part in dist.gather_objects(found.skipped) for index, line in part.items()}
     return Pass(*gathered, dict(sorted(everyone.items())))
 
@@ -84,7 +95,9 @@ def share_of(
     Raises:
         DataError: not one image of any rank could be read; or one could not, and the source's policy is to stop.
     """
-    found = _own(lambda images: {"rows": apply(images)}, source, look, batch_size, workers, device, network, None)
+    found = _own(
+        lambda images: {"rows": apply(images)}, source, look, batch_size, workers, device, network, None, in_memory
+    )
     width = _agreed(dist.gather_objects(_widths_of(found.rows)), len(source))["rows"]
     return found.rows.get("rows", np.zeros((len(found.read), width), dtype=np.float32))
 
@@ -106,6 +119,7 @@ def _own(
     device: torch.device,
     network: nn.Module | None,
     progress: Callable[[int, int], None] | None,
+    room: Room,
 ) -> _Own:
     assert network is None or not network.training, "a network in training mode would learn from the images it looks at"
     mine = dist.share(len(source))
@@ -124,7 +138,9 @@ def _own(
                 images = look.finish(part.images).contiguous(memory_format=torch.channels_last)
                 for name, values in apply(images).items():
                     block = values.float().cpu().numpy()  # (b, D)
-                    rows.setdefault(name, np.zeros((len(mine), block.shape[1]), dtype=np.float32))[at] = block
+                    if name not in rows:
+                        rows[name] = room(name, len(mine), block.shape[1])
+                    rows[name][at] = block
                 read[at] = True
             done += len(at) + len(part.skipped)
             if progress is not None:
@@ -185,21 +201,28 @@ def _crops(
 
 
 def _gathered(
-    rows: dict[str, F32], read: npt.NDArray[np.bool_], device: torch.device, total: int, everywhere: bool
+    rows: dict[str, F32],
+    read: npt.NDArray[np.bool_],
+    device: torch.device,
+    total: int,
+    everywhere: bool,
+    room: Room,
 ) -> tuple[dict[str, F32], I64]:
     """All ranks' rows without the unread ones, and the index of each."""
     found = dist.gather_objects((_widths_of(rows), read))
     kept = np.flatnonzero(np.concatenate([share for _, share in found])).astype(np.int64)
     widths = _agreed([widths for widths, _ in found], total)
     if dist.world() == 1:
-        return {name: block if len(kept) == total else block[kept] for name, block in rows.items()}, kept
+        return {name: _moved_up(block, kept) for name, block in rows.items()}, kept
     if not everywhere and not dist.is_main():
         kept = kept[:0]
     whole: dict[str, F32] = {}
     for name, width in widths.items():
         block = rows[name] if name in rows else np.zeros((len(read), width), dtype=np.float32)
         shares = [share for _, share in found]
-        whole[name] = _exchange(block, shares, device, wanted=everywhere or dist.is_main())
+        here = room if dist.is_main() else in_memory
+        target = here(name, len(kept) if everywhere or dist.is_main() else 0, width)
+        whole[name] = _exchange(block, shares, device, target)
     return whole, kept
 
 
@@ -215,11 +238,23 @@ def _agreed(widths: Sequence[dict[str, int]], total: int) -> dict[str, int]:
     raise DataError(f"not one of the {total} images can be read", hint="point to readable images")
 
 
-def _exchange(block: F32, shares: list[npt.NDArray[np.bool_]], device: torch.device, *, wanted: bool) -> F32:
-    """The read rows of every rank's block in rank order, exchanged a bounded piece at a time."""
+def _moved_up(block: F32, kept: I64) -> F32:
+    """The rows `kept` of a block, moved to its beginning a bounded piece at a time."""
+    if len(kept) == len(block):
+        return block
+    for first in range(0, len(kept), 8192):
+        piece = kept[first : first + 8192]
+        block[first : first + len(piece)] = block[piece]
+    return block[: len(kept)]
+
+
+def _exchange(block: F32, shares: list[npt.NDArray[np.bool_]], device: torch.device, whole: F32) -> F32:
+    """The read rows of every rank's block in rank order, exchanged a bounded piece at a time and put into `whole`.
+
+    A rank that wants none gives no rows to put them into.
+    """
     width = block.shape[1]
     offsets = np.cumsum([0, *(int(share.sum()) for share in shares)])
-    whole = np.empty((int(offsets[-1]) if wanted else 0, width), dtype=np.float32)
     packed = block[shares[dist.rank()]]
     longest = int(np.diff(offsets).max())
     step = min(longest, max(1, BLOCK_BYTES // (4 * width * dist.world())))
@@ -228,7 +263,7 @@ def _exchange(block: F32, shares: list[npt.NDArray[np.bool_]], device: torch.dev
         here = packed[first : first + step]
         piece[: len(here)] = torch.from_numpy(here)
         pieces = dist.gather(piece).cpu().numpy().reshape(len(shares), step, width)
-        if wanted:
+        if len(whole):
             for rank in range(len(shares)):
                 start, stop = offsets[rank] + first, min(offsets[rank] + first + step, offsets[rank + 1])
                 if start < stop:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import numpy as np
 from sslcli.config import choice
 from sslcli.config.data import AnySource
 from sslcli.config.presets import EvalPreset
+from sslcli.config.views import EvalView
 from sslcli.contracts import Report
 from sslcli.data import open_source, other_split
 from sslcli.data.source import Source, UnreadableImage
 from sslcli.engine import checkpoint, machine
-from sslcli.errors import DataError
+from sslcli.engine.look import Room
+from sslcli.errors import DataError, UserError
 from sslcli.features.baselines import centred, raw_pixels, untrained
+from sslcli.features.cache import FOLDER, Cache, remembered
 from sslcli.features.compute import Told, of_network
 from sslcli.features.table import FeatureTable, Scores, TableEvaluator, numbers_in
 from sslcli.features.weights import Weights
@@ -61,30 +64,53 @@ class Outcome:
     warnings: tuple[str, ...]
     folder: Path
     """The run folder the report belongs to, or the folder of the weights."""
+    notes: tuple[str, ...] = ()
+    """What happened on the way, one line each."""
 
 
-def evaluate(weights: Weights, protocol: Protocol, *, floors: bool, passes: Passes) -> Outcome | None:
+def evaluate(
+    weights: Weights, protocol: Protocol, *, floors: bool, passes: Passes, seeds: int = 1, cached: bool = True
+) -> Outcome | None:
     """Judge weights by a protocol; all ranks extract features, the main one judges. None on the others.
+
+    Args:
+        weights: what is judged.
+        protocol: how.
+        floors: judge raw pixels and the untrained network too.
+        passes: who is told of each pass over images.
+        seeds: how many seeds, from the protocol's on, to draw with; metrics are means over them.
+        cached: use features that are kept beside the weights, and keep those that are computed.
 
     Raises:
         DataError: images or labels are missing, or the same images are to be used for training and test.
+        UserError: many seeds for an evaluator that draws nothing.
     """
     preset, judge = protocol.preset, _judge(protocol.preset)
+    check_seeds(judge, seeds)
     configs = _images_of(weights, preset, judge)
     sources = _opened(configs, judge)
-    view = preset.view or weights.manifest.view
+    own_view = weights.manifest.view
+    view = own_view if preset.view is None else preset.view.applied_to(own_view)
+    cache = Cache(folder_of(weights) / FOLDER) if cached else None
 
     def learned(source: Source, told: Told | None) -> FeatureTable | None:
-        return of_network(
-            weights.backbone, source, view, judge.taps, what="weights", digest=weights.digest,
-            batch_size=preset.batch_size, workers=preset.workers, progress=told,
-        )  # fmt: skip
+        def compute(taps: Sequence[str], room: Room) -> FeatureTable | None:
+            return of_network(
+                weights.backbone, source, view, taps, what="weights", digest=weights.digest,
+                batch_size=preset.batch_size, workers=preset.workers, progress=told, room=room,
+            )  # fmt: skip
+
+        return remembered(cache, source, view, judge.taps, {"weights": weights.digest}, compute)
 
     def fresh(source: Source, told: Told | None) -> FeatureTable | None:
-        return untrained(
-            weights.manifest.backbone, source, view, judge.taps, seed=preset.seed,
-            batch_size=preset.batch_size, workers=preset.workers, progress=told,
-        )  # fmt: skip
+        def compute(taps: Sequence[str], room: Room) -> FeatureTable | None:
+            return untrained(
+                weights.manifest.backbone, source, view, taps, seed=preset.seed,
+                batch_size=preset.batch_size, workers=preset.workers, progress=told, room=room,
+            )  # fmt: skip
+
+        who = {"untrained": weights.manifest.backbone, "seed": preset.seed}
+        return remembered(cache, source, view, judge.taps, who, compute)
 
     def raw(source: Source, told: Told | None) -> FeatureTable | None:
         return raw_pixels(
@@ -98,23 +124,28 @@ def evaluate(weights: Weights, protocol: Protocol, *, floors: bool, passes: Pass
         test = train if sources[1] is sources[0] else table_of(sources[1], passes(f"{name}: test images"))
         if train is None or test is None:
             continue
-        pair = train, test.counted_in(train.meta.classes)
-        columns[name] = judge.score(*(centred(*pair) if name == RAW else pair), preset.seed)
+        pair = _numbered_alike(train, test, judge)
+        columns[name] = _scored(judge, *(centred(*pair) if name == RAW else pair), preset.seed, seeds)
         if name == LEARNED:
             facts = _facts_of(*pair, configs)
     if not columns:
         return None
     own = weights.manifest.preset is not None and configs == _own(weights, judge)
-    return _outcome(weights, protocol, judge, columns, facts, own=own)
+    outcome = _outcome(weights, protocol, judge, columns, facts, own=own, seeds=seeds)
+    return replace(outcome, notes=(*_normalised(view, own_view), *(() if cache is None else cache.notes)))
 
 
-def evaluate_tables(weights: Weights, protocol: Protocol, train: FeatureTable, test: FeatureTable) -> Outcome:
+def evaluate_tables(
+    weights: Weights, protocol: Protocol, train: FeatureTable, test: FeatureTable, *, seeds: int = 1
+) -> Outcome:
     """Judge features that `ssl features` stored.
 
     Raises:
         DataError: the tables are not of these weights, lack labels, or are of the same images.
+        UserError: many seeds for an evaluator that draws nothing.
     """
     judge = _judge(protocol.preset)
+    check_seeds(judge, seeds)
     for name, table in (("training", train), ("test", test)):
         if table.meta.weights != weights.digest:
             raise DataError(
@@ -122,10 +153,62 @@ def evaluate_tables(weights: Weights, protocol: Protocol, train: FeatureTable, t
             )
     if train.digest() == test.digest() and not judge.same_images:
         raise _same("both tables are of the same images")
-    columns = {LEARNED: judge.score(train, test.counted_in(train.meta.classes), protocol.preset.seed)}
+    pair = _numbered_alike(train, test, judge)
+    columns = {LEARNED: _scored(judge, *pair, protocol.preset.seed, seeds)}
     trained_on = weights.manifest.source
     own = trained_on is not None and train.meta.source == trained_on.fingerprint
-    return _outcome(weights, protocol, judge, columns, _facts_of(train, test, None), own=own)
+    return _outcome(weights, protocol, judge, columns, _facts_of(*pair, None), own=own, seeds=seeds)
+
+
+def folder_of(weights: Weights) -> Path:
+    """Where what belongs to weights is kept: their run, or the folder their file lies in."""
+    return weights.run or weights.file.parent
+
+
+def check_seeds(judge: TableEvaluator, seeds: int) -> None:
+    """Refuse many seeds where none is used.
+
+    Raises:
+        UserError: the evaluator draws nothing.
+    """
+    if seeds > 1 and not judge.draws:
+        raise UserError("this evaluation draws nothing: every seed gives the same result", hint="leave out `--seeds`")
+
+
+def _scored(judge: TableEvaluator, train: FeatureTable, test: FeatureTable, seed: int, seeds: int) -> Scores:
+    """What the evaluator finds; of many seeds the mean of each metric and its deviation over them."""
+    train.check_finite("the training images")
+    if test is not train:
+        test.check_finite("the test images")
+    found = [judge.score(train, test, seed + number) for number in range(seeds)]
+    if seeds == 1:
+        return found[0]
+    values = {name: np.array([scores.metrics[name] for scores in found]) for name in found[0].metrics}
+    return Scores(
+        metrics={name: float(each.mean()) for name, each in values.items()},
+        details={**found[0].details, "by_seed": {str(seed + i): scores.metrics for i, scores in enumerate(found)}},
+        spread={name: float(each.std()) for name, each in values.items()},
+    )
+
+
+def _numbered_alike(
+    train: FeatureTable, test: FeatureTable, judge: TableEvaluator
+) -> tuple[FeatureTable, FeatureTable]:
+    """Both tables with labels that count in the same classes."""
+    classes = train.meta.classes
+    if judge.new_classes:
+        classes = (*classes, *(name for name in test.meta.classes if name not in set(classes)))
+    return train.counted_in(classes), test.counted_in(classes)
+
+
+def _normalised(view: EvalView, own: EvalView) -> tuple[str, ...]:
+    """Says so where images are not normalised as the weights expect."""
+    if view.normalize == own.normalize:
+        return ()
+    return (
+        f"images are normalised with mean {list(view.normalize.mean)} and deviation {list(view.normalize.std)}, "
+        f"but the weights were trained with {list(own.normalize.mean)} and {list(own.normalize.std)}",
+    )
 
 
 def _judge(preset: EvalPreset) -> TableEvaluator:
@@ -158,14 +241,20 @@ def _opened(configs: tuple[AnySource, AnySource], judge: TableEvaluator) -> tupl
     train = open_source(configs[0])
     test = train if judge.same_images else open_source(configs[1])
     for source, config in zip((train, test), configs, strict=True):
-        if source.labels is None:
+        if source.labels is None and source.targets is not None and not judge.many_classes:
+            raise DataError(
+                f"the images of {_named(config)} may show several classes each, and this evaluation needs one label",
+                hint="`ssl eval svm` judges such images",
+            )
+        if source.labels is None and source.targets is None:
             raise DataError(
                 f"the images of {_named(config)} have no labels, and an evaluation needs them",
                 hint="sort them into one folder per class and point to it with `--data DIR`",
             )
     if test is not train and _alike(train, test):
         raise _same(f"{_named(configs[0])} and {_named(configs[1])} hold the same images")
-    numbers_in(train.classes, test.classes)
+    if not judge.new_classes:
+        numbers_in(train.classes, test.classes)
     return train, test
 
 
@@ -218,6 +307,7 @@ def _outcome(
     facts: Mapping[str, Any],
     *,
     own: bool,
+    seeds: int,
 ) -> Outcome:
     environment = machine.environment()
     manifest, learned = weights.manifest, columns[LEARNED]
@@ -226,6 +316,7 @@ def _outcome(
         "protocol_hash": protocol.fingerprint(),
         "settings": protocol.preset.evaluator.model_dump(mode="json"),
         "seed": protocol.preset.seed,
+        "seeds": seeds,
         "headline": judge.headline,
         "weights": {
             "digest": weights.digest,
@@ -237,6 +328,7 @@ def _outcome(
         },
         **facts,
         **learned.details,
+        "spread": learned.spread,
         "floors": {name: scores.metrics for name, scores in columns.items() if name != LEARNED},
         "warnings": list(warnings),
         "versions": {name: environment[name] for name in _VERSIONS},
@@ -247,7 +339,7 @@ def _outcome(
         report=Report(protocol=label, metrics=learned.metrics, details=details),
         columns=dict(columns),
         warnings=warnings,
-        folder=weights.run or weights.file.parent,
+        folder=folder_of(weights),
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sslcli.config.views import EvalView, Normalize
 from sslcli.data.source import Source
+from sslcli.engine.look import Room, in_memory
 from sslcli.features.compute import Told, of_function, of_network
 from sslcli.features.table import FeatureTable
 from sslcli.features.weights import network
@@ -46,11 +47,12 @@ def untrained(
     batch_size: int,
     workers: int | None,
     progress: Told | None = None,
+    room: Room = in_memory,
 ) -> FeatureTable | None:
     """What the same network says before it has learned anything; its batch norms know no statistics yet."""
     return of_network(
         network(backbone, seed=seed).eval().requires_grad_(False), source, view, taps, what="untrained", digest=None,
-        batch_size=batch_size, workers=workers, progress=progress,
+        batch_size=batch_size, workers=workers, progress=progress, room=room,
     )  # fmt: skip
 
 
@@ -65,10 +67,14 @@ def centred(train: FeatureTable, test: FeatureTable) -> tuple[FeatureTable, Feat
 
 def small(view: EvalView) -> EvalView:
     """The same part of the image in at most 32 x 32 pixels, with values in [0, 1]."""
-    side = min(RAW_SIDE, view.size)
+    longest = max(view.shape)
+    side = min(RAW_SIDE, longest)
     return EvalView(
         size=side,
-        resize=max(side, round(view.resize * side / view.size)),
+        resize=None if view.resize is None else max(side, round(view.resize * side / longest)),
+        squeeze=None
+        if view.squeeze is None
+        else (max(1, round(view.squeeze[0] * side / longest)), max(1, round(view.squeeze[1] * side / longest))),
         interpolation=view.interpolation,
         normalize=Normalize(mean=(0, 0, 0), std=(1, 1, 1)),
     )

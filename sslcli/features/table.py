@@ -24,6 +24,7 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 _PREFIX = "features_"
+_BLOCK = 8192  # rows looked at together
 
 
 class TableMeta(Settings):
@@ -62,6 +63,10 @@ class FeatureTable:
     meta: TableMeta
     names: tuple[str, ...] = ()
     """(N,) name of each row's image, or empty."""
+    targets: I64 | None = None
+    """(N, C) where images may show several classes: 1 the class is there, 0 it is not, -1 it is hard to tell."""
+    cameras: I64 | None = None
+    """(N,) which camera took each image, where that is known."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -80,23 +85,84 @@ class FeatureTable:
         """The labels (N,).
 
         Raises:
-            DataError: the images have none.
+            DataError: the images have none, or not one each, or a label is the number of no class.
         """
         if self.labels is None:
+            if self.targets is not None:
+                raise DataError(
+                    "each of these images may show several classes, and this evaluation needs one label each",
+                    hint="`ssl eval svm` judges such images",
+                )
             raise DataError("these images have no labels", hint="sort them into one folder per class")
+        if len(self.labels) and (
+            self.labels.min() < 0 or (self.meta.classes and self.labels.max() >= len(self.meta.classes))
+        ):
+            raise DataError(
+                f"the labels go from {self.labels.min()} to {self.labels.max()}, but there are "
+                f"{len(self.meta.classes)} classes",
+                hint="labels are whole numbers that count the classes from 0",
+            )
         return self.labels
 
-    def counted_in(self, classes: tuple[str, ...]) -> "FeatureTable":
-        """The same rows with labels that count in `classes`, matched by name.
+    def known_targets(self) -> I64:
+        """Which classes each image shows, (N, C): 1, 0, or -1 where that is hard to tell; of labels, one class each.
 
         Raises:
-            DataError: there are no labels, or a class of that name is not among `classes`.
+            DataError: the images have neither.
         """
+        if self.targets is not None:
+            return self.targets
         labels = self.known_labels()
+        classes = len(self.meta.classes) or int(labels.max()) + 1
+        of_each: I64 = np.arange(classes)
+        return np.equal(labels[:, None], of_each).astype(np.int64)
+
+    def check_finite(self, what: str) -> None:
+        """Refuse features that are not numbers; a block of rows at a time, as the table may be larger than memory.
+
+        Raises:
+            DataError: `what` holds a value that is not finite.
+        """
+        for name, rows in self.features.items():
+            for first in range(0, len(rows), _BLOCK):
+                bad = ~np.isfinite(rows[first : first + _BLOCK]).all(axis=1)
+                if bad.any():
+                    image = int(self.index[first + int(bad.argmax())])
+                    raise DataError(
+                        f"the features `{name}` of {what} are not finite, first of image {image}",
+                        hint="the network overflows on it: look at the normalisation (`view`), or use another "
+                        "checkpoint",
+                    )
+
+    def counted_in(self, classes: tuple[str, ...]) -> "FeatureTable":
+        """The same rows with labels or targets that count in `classes`, matched by name.
+
+        Raises:
+            DataError: there are none, or a class of that name is not among `classes`.
+        """
         if classes == self.meta.classes:
+            self.known_targets()
             return self
         place = numbers_in(classes, self.meta.classes)
-        return replace(self, labels=place[labels], meta=self.meta.model_copy(update={"classes": classes}))
+        meta = self.meta.model_copy(update={"classes": classes})
+        if self.targets is None:
+            return replace(self, labels=place[self.known_labels()], meta=meta)
+        targets = np.zeros((len(self), len(classes)), dtype=np.int64)
+        targets[:, place] = self.targets
+        return replace(self, targets=targets, meta=meta)
+
+    def of_images(self, index: I64) -> "FeatureTable":
+        """The rows of these images (M,), numbers in ascending order that all occur."""
+        at = np.searchsorted(self.index, index)
+        return replace(
+            self,
+            features={name: rows[at] for name, rows in self.features.items()},
+            index=index,
+            labels=None if self.labels is None else self.labels[at],
+            targets=None if self.targets is None else self.targets[at],
+            cameras=None if self.cameras is None else self.cameras[at],
+            names=tuple(self.names[i] for i in at) if self.names else (),
+        )
 
     def digest(self) -> str:
         """SHA-256 of everything in the table but the names, as 64 hexadecimal digits."""
@@ -105,20 +171,26 @@ class FeatureTable:
             found.update(f"{name}{self.features[name].shape}".encode())
             found.update(np.ascontiguousarray(self.features[name]).data)
         found.update(self.index.tobytes())
-        if self.labels is not None:
-            found.update(self.labels.tobytes())
+        for known in self._known().values():
+            found.update(known.tobytes())
         return found.hexdigest()
 
+    def _known(self) -> dict[str, I64]:
+        """What is known of the images, by name."""
+        facts = {"labels": self.labels, "targets": self.targets, "cameras": self.cameras}
+        return {name: values for name, values in facts.items() if values is not None}
+
     def save(self, path: Path) -> None:
-        """Write an `.npz` that NumPy reads without pickle: `features_<tap>`, `index`, `labels`, `names`, `meta`.
+        """Write an `.npz` that NumPy reads without pickle.
+
+        It holds `features_<tap>`, `index`, `meta`, and of `labels`, `targets`, `cameras` and `names` what is known.
 
         Raises:
             SslError: the file cannot be written; what was there before is untouched.
         """
         arrays: dict[str, npt.NDArray[Any]] = {f"{_PREFIX}{name}": rows for name, rows in self.features.items()}
         arrays["index"] = self.index
-        if self.labels is not None:
-            arrays["labels"] = self.labels
+        arrays |= self._known()
         if self.names:
             arrays["names"] = np.array([name.encode("utf-8", "surrogateescape") for name in self.names])
         arrays["meta"] = np.array(self.meta.model_dump_json())
@@ -165,6 +237,8 @@ class FeatureTable:
             features={name.removeprefix(_PREFIX): rows for name, rows in arrays.items() if name.startswith(_PREFIX)},
             index=arrays["index"],
             labels=arrays.get("labels"),
+            targets=arrays.get("targets"),
+            cameras=arrays.get("cameras"),
             meta=meta,
             names=tuple(name.decode("utf-8", "surrogateescape") for name in arrays.get("names", ())),
         )
@@ -178,6 +252,8 @@ class Scores:
     """Values, percentages in [0, 100]."""
     details: dict[str, Any] = field(default_factory=dict)
     """What else a reader should know: settings that had to be changed, choices made."""
+    spread: dict[str, float] = field(default_factory=dict)
+    """Of metrics that are means over draws, the standard deviation over them (of the population)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +268,12 @@ class TableEvaluator:
     """The metric that stands for all when one number is wanted."""
     same_images: bool = False
     """Whether it wants the same images for training and test, because it leaves out the one it judges."""
+    draws: bool = False
+    """Whether the seed changes its result."""
+    many_classes: bool = False
+    """Whether an image may show several classes."""
+    new_classes: bool = False
+    """Whether test images may be of classes that no training image shows."""
 
 
 def numbers_in(classes: Sequence[str], names: Sequence[str]) -> I64:

@@ -11,16 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import AwareDatetime, BaseModel, ValidationError
+from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError
 
 from sslcli.config import yaml_file
 from sslcli.config.choice import nearest
+from sslcli.config.data import AnySource
+from sslcli.data import other_split
 from sslcli.errors import PresetError, UserError
 from sslcli.runs import ledger
 
 PRESET, STATUS, METRICS, HEALTH = "preset.yaml", "status.json", "metrics.jsonl", "health.jsonl"
 PICTURES = ("views.png", "curves.png")
 BACKBONE = "backbone.safetensors"
+MANIFEST = "backbone.manifest.json"
 
 
 class Status(BaseModel):
@@ -139,6 +142,24 @@ class Run:
     def files(self) -> dict[str, Path]:
         """The pictures and the backbone, where they exist."""
         return {name: self.path / name for name in (*PICTURES, BACKBONE) if (self.path / name).is_file()}
+
+    @property
+    def evaluation(self) -> str:
+        """The command that judges the run, with `DIR` where the user must name labelled images."""
+        about, source = self._learned_from()
+        if source is None or not about:
+            return f"ssl eval knn {self.path} --train DIR --test DIR"
+        command = f"ssl eval {'svm' if source.name == 'voc' else 'knn'} {self.path}"
+        return command if other_split(source) is not None else f"{command} --test DIR"
+
+    def _learned_from(self) -> tuple[list[str], AnySource | None]:
+        """Names of the classes of the training images, none where they have no labels; and where the images are."""
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_bytes())
+            source = TypeAdapter[AnySource](AnySource).validate_python(self.preset["data"]["source"])
+            return list(manifest["source"]["classes"]), source
+        except (OSError, ValueError, KeyError, TypeError):
+            return [], None
 
     def named(self, section: str) -> str:
         """The `name` of a section of the preset, e.g. of `method`; `?` when unknown."""

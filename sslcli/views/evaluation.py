@@ -13,16 +13,27 @@ from sslcli.config.views import EvalView
 from sslcli.views import colour, reference
 from sslcli.views.resize import Pixels, apply_bands, as_arrays, as_planes, shorter_side, window_band
 
+THIN = 64
+"""An image with sides in a larger proportion than this is squeezed in one step."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class EvalLook:
-    """Resize the shorter side, crop the centre; where the image is too small, black surrounds it."""
+    """Resize the shorter side, crop the centre; where the image is too small, black surrounds it.
+
+    Or, under `squeeze`, resize the whole image to a height and a width, in one step or after its shorter side.
+    """
 
     cfg: EvalView
 
     def crop(self, image: Pixels) -> Pixels:
-        """One image (H, W, 3) uint8: (3, size, size) uint8."""
+        """One image (H, W, 3) uint8: (3, h, w) uint8."""
+        if self.cfg.squeeze is not None:
+            whole = Image.fromarray(image)
+            for height, width in self._steps(image.shape[:2]):
+                whole = whole.resize((width, height), reference.FILTERS[self.cfg.interpolation])
+            return np.ascontiguousarray(np.asarray(whole).transpose(2, 0, 1))
         down, across = self._spans(image.shape[:2])
         # Resizing only what the crop keeps equals resizing everything first, and stays affordable for a thin strip.
         box = (across.begin, down.begin, across.end, down.end)
@@ -32,13 +43,15 @@ class EvalLook:
         return out
 
     def crop_batch(self, images: Tensor) -> Tensor:
-        """`crop` of images of one size on one device, (B, H, W, 3) or (B, 3, H, W) uint8: (B, 3, size, size) uint8."""
+        """`crop` of images of one size on one device, (B, H, W, 3) or (B, 3, H, W) uint8: (B, 3, h, w) uint8."""
         if images.device.type == "cpu":
             return torch.from_numpy(np.stack([self.crop(image) for image in as_arrays(images)]))
         return self.crop_by_bands(as_planes(images))
 
     def crop_by_bands(self, planes: Tensor) -> Tensor:
-        """The same by matrix products, for images (3, B, H, W) float32: equal to within one grey level."""
+        """The same by matrix products, for images (3, B, H, W) float32: equal to within one grey level per resizing."""
+        if self.cfg.squeeze is not None:
+            return self._squeezed(planes)
         spans, device = self._spans(planes.shape[2:]), planes.device
         down, across = spans
         rows, columns = (
@@ -53,11 +66,33 @@ class EvalLook:
         return out
 
     def finish(self, crops: Tensor) -> Tensor:
-        """Standardise crops (B, 3, s, s) uint8: float32."""
+        """Standardise crops (B, 3, h, w) uint8: float32."""
         return colour.standardise_(crops.float(), self.cfg.normalize)
+
+    def _squeezed(self, planes: Tensor) -> Tensor:
+        """The whole of images (3, B, H, W) float32 at another size: (B, 3, h, w) uint8."""
+        for step in self._steps(planes.shape[2:]):
+            rows, columns = (
+                window_band(source, size, np.array([0]), size, self.cfg.interpolation, planes.device).expand(
+                    planes.shape[1], -1, -1
+                )
+                for source, size in zip(planes.shape[2:], step, strict=True)
+            )
+            squeezed = apply_bands(planes, rows, columns)
+            planes = as_planes(squeezed)
+        return squeezed
+
+    def _steps(self, image_size: Sequence[int]) -> list[tuple[int, int]]:
+        """Heights and widths that the whole image takes one after the other."""
+        assert self.cfg.squeeze is not None
+        height, width = image_size
+        thin = max(height, width) > THIN * min(height, width)  # its longer side would not fit into memory
+        first = [] if self.cfg.resize is None or thin else [shorter_side(height, width, self.cfg.resize)]
+        return [*first, self.cfg.squeeze]
 
     def _spans(self, image_size: Sequence[int]) -> tuple["_Span", "_Span"]:
         """What is kept of an image's height and width."""
+        assert self.cfg.resize is not None
         height, width = image_size
         resized = shorter_side(height, width, self.cfg.resize)
         return _Span(height, resized[0], self.cfg.size), _Span(width, resized[1], self.cfg.size)

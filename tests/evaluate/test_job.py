@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 
 from sslcli import __version__, dist
+from sslcli.cli.evaluate import newest
 from sslcli.config.choice import build, config_of, members
+from sslcli.config.data import AnySource
 from sslcli.config.load import load as load_preset
 from sslcli.config.load import names
 from sslcli.data import open_source
 from sslcli.engine import checkpoint
-from sslcli.errors import DataError
+from sslcli.errors import DataError, UserError
 from sslcli.evaluate._job import LEARNED, RAW, UNTRAINED, Outcome, Protocol, evaluate, evaluate_tables
 from sslcli.features.compute import of_network
 from sslcli.features.table import FeatureTable, TableEvaluator
@@ -182,11 +185,12 @@ def test_losing_to_the_floors_is_said(tiny_run: Path, tmp_path: Path):
     assert list(outcome.warnings) == outcome.report.details["warnings"]
 
 
-def stored(tiny_run: Path, split: str) -> FeatureTable:
+def stored(tiny_run: Path, split: str, taps: tuple[str, ...] = ("pooled",), tests: int = 16) -> FeatureTable:
     weights = load(tiny_run)
-    config = weights.preset().data.source.model_copy(update={"split": split, "count": 64 if split == "train" else 16})
+    count = 64 if split == "train" else tests
+    config = weights.preset().data.source.model_copy(update={"split": split, "count": count})
     made = of_network(
-        weights.backbone, open_source(config), weights.manifest.view, ("pooled",), what="weights",
+        weights.backbone, open_source(config), weights.manifest.view, taps, what="weights",
         digest=weights.digest, batch_size=256, workers=0,
     )  # fmt: skip
     assert made is not None
@@ -227,15 +231,17 @@ def test_two_ranks_find_what_one_does(two_ranks: Any, tiny_run: Path):
 
 @pytest.mark.parametrize("name", members("sslcli.evaluate"))
 def test_every_evaluator_keeps_the_contract(name: str, tiny_run: Path):
-    cfg = config_of("sslcli.evaluate", name)()
+    small = {"svm_lowshot": {"k": (1, 2), "samplings": 2}}  # 64 images are all there is
+    cfg = config_of("sslcli.evaluate", name)(**small.get(name, {}))
     judge = build("sslcli.evaluate", cfg)(cfg)
     assert cfg.name == name
     assert isinstance(judge, TableEvaluator)
-    found = judge.score(stored(tiny_run, "train"), stored(tiny_run, "test"), 0)
+    tables = (stored(tiny_run, split, judge.taps, tests=64) for split in ("train", "test"))
+    found = judge.score(*tables, 0)
     assert judge.headline in found.metrics
     assert all(0 <= value <= 100 for value in found.metrics.values())
     assert json.loads(json.dumps(found.details)) == found.details
-    assert any(protocol.startswith(f"{name.replace('_', '-')}-v") for protocol in names("eval"))
+    assert newest(name) in names("eval")
 
 
 def test_shipped_protocols_say_everything_they_fix():
@@ -244,3 +250,100 @@ def test_shipped_protocols_say_everything_they_fix():
         assert loaded.preset.about.title
         assert loaded.preset.about.follows
         assert set(loaded.data["evaluator"]) == set(loaded.resolved["evaluator"])
+
+
+def test_many_seeds_are_a_mean_with_its_spread(tiny_run: Path):
+    alone = [judged(tiny_run, "linear-cached-v1", f"seed={seed}").report for seed in (2, 3)]
+    frozen = protocol("linear-cached-v1", "seed=2")
+    found = evaluate(load(tiny_run), frozen, floors=False, passes=lambda title: None, seeds=2)
+    assert found is not None
+    values = [report.metrics["top1"] for report in alone]
+    assert found.report.metrics["top1"] == pytest.approx(np.mean(values))
+    assert found.report.details["spread"]["top1"] == pytest.approx(np.std(values))
+    assert found.report.details["by_seed"]["3"] == alone[1].metrics
+    assert found.report.details["seeds"] == 2
+    assert found.report.protocol == "linear-cached-v1"
+    with pytest.raises(UserError, match="draws nothing"):
+        evaluate(load(tiny_run), protocol(), floors=False, passes=lambda title: None, seeds=2)
+
+
+def test_another_normalisation_is_used_and_said(tiny_run: Path):
+    assert not any("normalised" in note for note in judged(tiny_run).notes)
+    found = judged(tiny_run, "knn-v1", "view.normalize={mean: [0, 0, 0], std: [1, 1, 1]}")
+    assert found.report.protocol.startswith("knn-v1@settings-")
+    assert found.report.details["view"]["normalize"]["mean"] == [0, 0, 0]
+    assert found.report.details["view"]["size"] == load(tiny_run).manifest.view.size
+    assert any("but the weights were trained with" in note for note in found.notes)
+
+
+def test_features_that_are_no_numbers_are_refused(tiny_run: Path):
+    train, test = stored(tiny_run, "train"), stored(tiny_run, "test")
+    train.features["pooled"][5, 3] = np.nan
+    with pytest.raises(DataError, match="features `pooled` of the training images are not finite, first of image 5"):
+        evaluate_tables(load(tiny_run), protocol(), train, test)
+
+
+def test_labels_that_count_no_class_are_refused(tiny_run: Path):
+    train, test = stored(tiny_run, "train"), stored(tiny_run, "test")
+    assert train.labels is not None
+    train.labels[0] = 10
+    with pytest.raises(DataError, match="labels go from 0 to 10, but there are 10 classes"):
+        evaluate_tables(load(tiny_run), protocol(), train, test)
+
+
+def test_images_with_several_classes_go_through_the_table_and_the_command(tiny_run: Path, tmp_path: Path):
+    root = tmp_path / "VOC2007"
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "JPEGImages").mkdir()
+    rng = np.random.default_rng(0)
+    for split, first in (("trainval", 0), ("test", 50)):
+        shown = rng.random((20, 2)) < 0.5
+        for i, (red, _) in enumerate(shown):
+            colour = (200 if red else 20, 60, 60)
+            Image.new("RGB", (40, 30), colour).save(root / "JPEGImages" / f"{first + i:06d}.jpg")
+        for c, name in enumerate(("red", "other")):
+            lines = [f"{first + i:06d} {1 if there else -1}\n" for i, there in enumerate(shown[:, c])]
+            (root / "ImageSets" / "Main" / f"{name}_{split}.txt").write_text("".join(lines))
+    source = {"name": "voc", "path": str(root)}
+    settings = ("evaluator.costs=[1]", "view.squeeze=[32, 24]", "view.resize=32")
+    report = judged(tiny_run, "svm-voc07-short-v1", *settings, train=source).report
+    assert report.details["by_tap"]["pooled"]["ap"]["red"] == pytest.approx(100)
+    assert report.details["view"]["squeeze"] == [32, 24]
+    assert (report.details["train"]["images"], report.details["test"]["images"]) == (20, 20)
+    made = stored(tiny_run, "train")
+    voc = open_source(TypeAdapter(AnySource).validate_python(source))
+    weights = load(tiny_run)
+    table = of_network(
+        weights.backbone, voc, weights.manifest.view, ("pooled",), what="weights", digest=weights.digest,
+        batch_size=8, workers=0,
+    )  # fmt: skip
+    assert table is not None
+    table.save(tmp_path / "t.npz")
+    again = FeatureTable.load(tmp_path / "t.npz")
+    assert again.digest() == table.digest() != made.digest()
+    assert again.known_targets().tolist() == voc.targets.tolist()
+    with pytest.raises(DataError, match="several classes each") as caught:
+        judged(tiny_run, train=source)
+    assert "ssl eval svm" in str(caught.value.hint)
+
+
+def test_a_gallery_and_queries_come_from_one_list(tiny_run: Path, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    lines = ["path,id,camera,part"]
+    for person in ("ann", "bob", "cat"):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        for camera, part in (("1", "query"), ("1", "gallery"), ("2", "gallery")):
+            name = f"{person}{camera}{part}.png"
+            Image.fromarray(np.clip(pixels + rng.integers(0, 9, pixels.shape), 0, 255).astype(np.uint8)).save(
+                tmp_path / name
+            )
+            lines.append(f"{name},{person},{camera},{part}")
+    Image.fromarray(pixels // 2).save(tmp_path / "none.png")
+    lines += ["none.png,zoe,1,query", "none.png,nobody,3,gallery"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    gallery = {"name": "list", "path": str(tmp_path / "list.csv"), "part": "gallery"}
+    report = judged(tiny_run, "retrieval-v1", train=gallery).report
+    assert report.metrics["rank1"] == 100
+    assert report.details["queries_without_answer"] == 1
+    assert report.details["cameras"] is True
+    assert (report.details["gallery_images"], report.details["queries"]) == (7, 4)

@@ -5,7 +5,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sslcli.cli.runs import ago, app
+from sslcli.config import yaml_file
+from sslcli.contracts import Report
 from sslcli.errors import UserError
+from sslcli.runs import ledger
 
 
 def ask(*words: str | Path) -> tuple[str, str]:
@@ -60,7 +63,7 @@ def test_an_empty_folder_has_no_runs_and_an_absent_one_is_refused(tmp_path: Path
         ("running", None, "ssl runs watch {run}"),
         ("stopped", None, "ssl resume {run}"),
         ("failed", None, "ssl resume {run}"),
-        ("finished", None, "ssl eval knn {run}"),
+        ("finished", None, "ssl eval knn {run} --train DIR --test DIR"),
         ("finished", 61.5, "ssl features {run} --data DIR --out FILE.npz"),
     ],
 )
@@ -118,3 +121,53 @@ def test_show_refuses_what_is_no_run(tmp_path: Path) -> None:
 )
 def test_durations_read_in_their_largest_whole_unit(seconds: float, words: str) -> None:
     assert ago(seconds) == words
+
+
+def reported(run, protocol: str, value: float, **details) -> None:
+    facts = {"headline": "top1", "protocol_hash": "a", "train": {"fingerprint": "t"}, "test": {"fingerprint": "u"}}
+    ledger.append(run.path, Report(protocol, {"top1": value, "top5": 99.0}, {**facts, **details}))
+
+
+def test_compare_sets_like_beside_like_and_says_what_is_not(make_run) -> None:
+    one, two = make_run("a", "finished"), make_run("b", "finished")
+    reported(one, "knn-v1", 60.0)
+    reported(two, "knn-v1@data-12345678", 61.0)  # another run's own images, the same images all the same
+    reported(one, "knn-v1@settings-1", 70.0, protocol_hash="b", test={"fingerprint": "w"})
+    reported(two, "linear-v1", 80.0, spread={"top1": 0.25}, seeds=3)
+    reported(one, "knn-v1@step_00000005", 10.0, weights={"step": -1})
+    head, knn, other, linear, note = ask("compare", one.path, two.path)[0].splitlines()
+    assert head.split() == ["protocol", "metric", str(one.path), str(two.path)]
+    assert knn.split() == ["knn-v1", "top1", "60.00", "61.00"]
+    assert other.split() == ["knn-v1", "(1)", "top1", "70.00", "-"]
+    assert linear.split() == ["linear-v1", "top1", "-", "80.00", "±", "0.25"]
+    assert note == "(1) not comparable with knn-v1 above: other settings, other test images"
+    assert len(ask("compare", one.path, two.path, "--all")[0].splitlines()) == 8
+    first, second, third = json.loads(ask("compare", one.path, two.path, "--json")[0])
+    assert first["not_comparable_with_first"] == third["not_comparable_with_first"] == []
+    assert second["not_comparable_with_first"] == ["settings", "test images"]
+    assert first["runs"][str(two.path)]["label"] == "knn-v1@data-12345678"
+    assert third["runs"][str(two.path)]["seeds"] == 3
+
+
+def test_compare_refuses_what_is_no_run_and_needs_reports(make_run, tmp_path: Path) -> None:
+    run = make_run("a", "finished")
+    assert "no report on any" in refused("compare", run.path).message
+    assert "named twice" in refused("compare", run.path, run.path).message
+    assert "no run folder" in refused("compare", run.path, tmp_path / "gone").message
+
+
+@pytest.mark.parametrize(
+    ("source", "classes", "command"),
+    [
+        ({"name": "digits"}, ["0", "1"], "ssl eval knn {run}"),
+        ({"name": "digits"}, [], "ssl eval knn {run} --train DIR --test DIR"),
+        ({"name": "folder", "path": "photos"}, ["cat"], "ssl eval knn {run} --test DIR"),
+        ({"name": "voc", "path": "VOCdevkit"}, ["cat"], "ssl eval svm {run}"),
+    ],
+)
+def test_a_finished_run_names_an_evaluation_that_works(make_run, source, classes, command) -> None:
+    run = make_run("a", "finished")
+    preset = yaml_file.read(run.path / "preset.yaml").data
+    (run.path / "preset.yaml").write_text(yaml_file.dump({**preset, "data": {"source": source}}))
+    (run.path / "backbone.manifest.json").write_text(json.dumps({"source": {"classes": classes}}))
+    assert ask("show", run.path)[1] == f"next: {command.format(run=run.path)}\n"

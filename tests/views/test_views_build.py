@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sslcli.config.views import Blur, CropGroup, Crops, EvalView, Jitter, Normalize, Solarize
+from sslcli.config.views import Blur, CropGroup, Crops, EvalView, Jitter, Normalize, Solarize, ViewChange
 from sslcli.views import build, build_eval
 from sslcli.views.resize import as_planes, shorter_side
 
@@ -166,3 +166,28 @@ def test_a_gpu_agrees_and_is_never_waited_for(photos):
     for view, expected in enumerate(views.finish(want, index, 0)):
         assert (crops[view].cpu().int() - want[view].int()).abs().max() <= 4
         assert (done[view].cpu() - expected).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(100, 130), (130, 100), (24, 33), *STRIPS[:2]])
+@pytest.mark.parametrize("resize", [None, 40])
+def test_squeezing_resizes_the_whole_image(photos, shape, resize):
+    image = np.resize(photos(1, 130, 130)[0], (*shape, 3)).astype(np.uint8)
+    look = build_eval(EvalView(resize=resize, squeeze=(48, 24)))
+    want = Image.fromarray(image)
+    if resize is not None and max(shape) <= 64 * min(shape):
+        height, width = shorter_side(*shape, resize)
+        want = want.resize((width, height), Image.Resampling.BILINEAR)
+    want = np.asarray(want.resize((24, 48), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
+    assert np.array_equal(look.crop(image), want)
+    found = look.crop_by_bands(as_planes(torch.from_numpy(image)[None]))[0].numpy()
+    assert np.abs(found - want).max() <= (1 if resize is None else 2)
+
+
+def test_a_protocol_changes_only_what_it_names():
+    own = EvalView(resize=40, size=32, normalize=Normalize(mean=(0, 0, 0)))
+    assert ViewChange().applied_to(own) == own
+    assert ViewChange(squeeze=(256, 128)).applied_to(own).resize is None
+    found = ViewChange(resize=256, squeeze=(224, 224)).applied_to(own)
+    assert (found.resize, found.shape, found.normalize) == (256, (224, 224), own.normalize)
+    with pytest.raises(ValueError, match="needs `squeeze`"):
+        EvalView(resize=None)
