@@ -9,10 +9,42 @@ import numpy as np
 from torch import Tensor, nn
 
 from sslcli.config.base import MethodConfig
-from sslcli.config.optim import ParamRule
+from sslcli.config.data import Data
+from sslcli.config.optim import AnyOptim, ParamRule
+from sslcli.config.presets import Run
+from sslcli.config.schedule import AnySchedule
 from sslcli.errors import UserError
 
 C = TypeVar("C", bound=MethodConfig)
+
+
+class Recipe(Protocol):
+    """What the loop needs to know of an experiment, pretraining or not; a `PretrainPreset` is one."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of order, views and every draw inside a step."""
+        ...
+
+    @property
+    def data(self) -> Data:
+        """Which images, how many at a time."""
+        ...
+
+    @property
+    def optim(self) -> AnyOptim:
+        """The optimiser."""
+        ...
+
+    @property
+    def schedule(self) -> AnySchedule:
+        """Learning rate over time."""
+        ...
+
+    @property
+    def run(self) -> Run:
+        """Length, arithmetic, checkpoints."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

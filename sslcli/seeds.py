@@ -6,6 +6,9 @@ any order. The mixing function is the finaliser of SplitMix64 (Steele, Lea & Flo
 """
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import overload
 
 import numpy as np
@@ -108,3 +111,22 @@ def permutation(length: int, key: int) -> npt.NDArray[np.int64]:
 def seed_here(*names: int | str) -> None:
     """Seed torch's own generators for what is drawn next (initialisation, dropout, masks)."""
     torch.manual_seed(seed_of(*names) & (_MASK >> 1))
+
+
+@contextmanager
+def seeded(*names: int | str) -> Iterator[None]:
+    """Inside, the global generators of Python, NumPy and torch (CPU) draw what goes by these names; then as before.
+
+    For code of others that draws from them, such as timm's augmentations.
+    """
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    key = seed_of(*names)
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(key & (_MASK >> 1))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(before[2])

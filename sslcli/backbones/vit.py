@@ -131,21 +131,28 @@ class ViT(Backbone):
         return self._pooled(self.tokens(images))
 
     def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Patch tokens (B, dim, h, w) after a block, before any final norm, or `pooled`.
+        """Patch tokens (B, dim, h, w) after a block or after the last norm, class tokens (B, dim), or `pooled`.
+
+        `blocks.3` is before any final norm; `norm`, and the class token `cls.3` after block 3, are normalised by it.
 
         Raises:
             UserError: there is no place of that name.
         """
         check_taps(names, self.tap_names())
         self._fits(images)
-        last, blocks = self.trunk.forward_intermediates(images)
+        last, blocks = self.trunk.forward_intermediates(images, return_prefix_tokens=True)
         assert isinstance(last, Tensor)
-        found = dict(zip(self.tap_names(), [*blocks, self._pooled(last)], strict=True))
+        found = {"norm": self._as_maps(last, images), "pooled": self._pooled(last)}
+        for number, (maps, prefix) in enumerate(blocks):
+            found[f"blocks.{number}"] = maps
+            if f"cls.{number}" in names:
+                found[f"cls.{number}"] = self.trunk.norm(prefix)[:, 0]
         return {name: found[name] for name in names}
 
     def tap_names(self) -> tuple[str, ...]:
-        """The blocks under timm's names, and the pooled feature."""
-        return (*(f"blocks.{number}" for number in range(len(self.trunk.blocks))), "pooled")
+        """Blocks and last norm under timm's names, class tokens after each block, and the pooled feature."""
+        numbers = range(len(self.trunk.blocks))
+        return (*(f"blocks.{number}" for number in numbers), "norm", *(f"cls.{number}" for number in numbers), "pooled")
 
     def _through(self, tokens: Tensor) -> Tensor:
         """Blocks and last norm, for tokens (B, L, D) with positions."""

@@ -13,6 +13,7 @@ import typer
 from sslcli.cli.features import Partial, Passes, Target, share, weights_of
 from sslcli.cli.methods import title
 from sslcli.cli.options import Gpus, Json, Override, PartOf, Procs
+from sslcli.cli.watch import Terminal
 from sslcli.errors import SslError, UserError
 
 if TYPE_CHECKING:
@@ -109,6 +110,15 @@ def newest(evaluator: str) -> str:
     start = f"{family}-v"
     versions = [name.removeprefix(start) for name in names("eval") if name.startswith(start)]
     numbers = [int(version) for version in versions if version.isdecimal()]
+    longer = [
+        f"{other.replace('_', '-')}-" for other in members("sslcli.evaluate") if other.startswith(f"{evaluator}_")
+    ]
+    several = [name for name in names("eval") if name.startswith(f"{family}-") and not name.startswith(tuple(longer))]
+    if not numbers and several:
+        raise UserError(
+            f"there are several protocols for `{family}`, whose numbers cannot be compared",
+            hint=f"choose one with `--preset`: {', '.join(several)}",
+        )
     if not numbers:
         raise UserError(f"no protocol for `{evaluator}` comes with ssl", hint="name a file with `--preset FILE`")
     return f"{start}{max(numbers)}"
@@ -178,12 +188,38 @@ def _cell(scores: "Scores", metric: str) -> str:
 def _judge(
     weights: "Weights", protocol: "Protocol", tables: Sequence[Path], how: How, passes: Passes
 ) -> "Outcome | None":
+    from sslcli.config.supervised import TrainedConfig
     from sslcli.evaluate import _job
     from sslcli.features.table import FeatureTable
 
+    if isinstance(protocol.preset.evaluator, TrainedConfig):
+        return _train(weights, protocol, tables, how, passes)
     if not tables:
         return _job.evaluate(weights, protocol, floors=how.floors, passes=passes, seeds=how.seeds, cached=how.cached)
     return _job.evaluate_tables(weights, protocol, *(FeatureTable.load(path) for path in tables), seeds=how.seeds)
+
+
+def _train(
+    weights: "Weights", protocol: "Protocol", tables: Sequence[Path], how: How, passes: Passes
+) -> "Outcome | None":
+    from sslcli.engine.launch import last_words
+    from sslcli.evaluate import _trained
+    from sslcli.runs.curves import draw
+
+    if tables:
+        raise UserError(
+            "this evaluation trains on images, not on tables of features",
+            hint="give the images, or use `ssl eval linear-cached`",
+        )
+    if how.floors:
+        raise UserError("`--floors` is for evaluations of stored features", hint="use it with knn or linear-cached")
+
+    def after_training(title: str) -> "Callable[[int, int], None] | None":
+        terminal.pause()
+        return passes(title)
+
+    with last_words(), Terminal() as terminal:
+        return _trained.evaluate(weights, protocol, seeds=how.seeds, passes=after_training, watcher=terminal, draw=draw)
 
 
 def _tables(train: Path | None, test: Path | None, floors: bool) -> list[Path]:

@@ -127,7 +127,6 @@ class Passes:
         )
 
     def __enter__(self) -> "Passes":
-        self._bar.start()
         return self
 
     def __exit__(
@@ -139,6 +138,7 @@ class Passes:
         """Who is told how far the pass of this title is."""
         if os.environ.get("RANK", "0") != "0":
             return None
+        self._bar.start()
         task = self._bar.add_task(title, total=None, rate="")
         begun = said = time.monotonic()
 
@@ -148,6 +148,10 @@ class Passes:
             rate = done / max(now - begun, 1e-9)
             text = f"{rate:.0f} images/s"
             self._bar.update(task, completed=done, total=total, rate=text)
+            if done >= total:
+                self._bar.stop()
+                self._bar.remove_task(task)
+                return
             if not self._console.is_terminal and now - said > EVERY:
                 said = now
                 eta = (total - done) / rate

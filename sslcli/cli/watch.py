@@ -59,6 +59,13 @@ class Terminal:
             self._task = self._bar.add_task("", total=at.total)
         self._bar.update(self._task, completed=at.step, description=line.replace("[", r"\["))
 
+    def pause(self) -> None:
+        """Take the bar away until there is progress again."""
+        if self._bar is not None and self._task is not None:
+            self._bar.stop()
+            self._bar.remove_task(self._task)
+            self._task = None
+
     def __enter__(self) -> "Terminal":
         return self
 

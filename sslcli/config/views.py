@@ -443,13 +443,19 @@ AnyViews = Annotated[Crops | Rotations | Patches | Masked, Field(discriminator="
 
 
 def _as_large_as(group: CropGroup, normalize: Normalize) -> EvalView:
-    """An evaluation view of a crop's size.
+    """An evaluation view of a crop's size, resized by `resize_for` before."""
+    return EvalView(
+        resize=resize_for(group.size), size=group.size, interpolation=group.interpolation, normalize=normalize
+    )
+
+
+def resize_for(size: int) -> int:
+    """Length of the shorter side before a central crop of `size` pixels is cut.
 
     Crops of 160 px and more get the ImageNet habit of cropping 7/8 of the resized side (256 -> 224); smaller images
     (CIFAR, digits) are used whole.
     """
-    resize = round(group.size * 8 / 7) if group.size >= 160 else group.size
-    return EvalView(resize=resize, size=group.size, interpolation=group.interpolation, normalize=normalize)
+    return round(size * 8 / 7) if size >= 160 else size
 
 
 def _at_most(group: CropGroup, side: int) -> CropGroup:

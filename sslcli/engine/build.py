@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sslcli import dist
 from sslcli.config import choice
 from sslcli.config.presets import PretrainPreset
-from sslcli.contracts import Backbone, Look, Method, RunFacts
+from sslcli.contracts import Backbone, Look, Method, Recipe, RunFacts
 from sslcli.data.loader import Loader, LookAt
 from sslcli.data.source import U8, Source, UnreadableImage
 from sslcli.engine import loop, optim
@@ -25,7 +25,7 @@ from sslcli.seeds import seed_here, seed_of
 from sslcli.views import Views, build_eval
 
 
-def facts_of(preset: PretrainPreset, *, images: int, steps_per_epoch: int) -> RunFacts:
+def facts_of(preset: Recipe, *, images: int, steps_per_epoch: int) -> RunFacts:
     """The sizes of a run over so many images."""
     run, batch = preset.run, preset.data.batch_size
     steps = run.steps if run.steps is not None else round((run.epochs or 0) * steps_per_epoch)
@@ -47,7 +47,7 @@ def method_of(preset: PretrainPreset, facts: RunFacts) -> Method[Any]:
     return method
 
 
-def images_per_rank(preset: PretrainPreset) -> int:
+def images_per_rank(preset: Recipe) -> int:
     """Images in one forward pass of one rank."""
     return preset.data.batch_size // (dist.world() * preset.run.accumulate)
 
@@ -113,7 +113,7 @@ def seconds_of(work: Callable[[], None]) -> float:
     return min(spent)
 
 
-def loader_of(preset: PretrainPreset, source: Source, views: Views) -> Loader:
+def loader_of(preset: Recipe, source: Source, views: Views) -> Loader:
     """The loader that a resolved preset describes."""
     look: LookAt = views.reference if preset.run.views == "reference" else views.crop
     resident = source.resident() is not None and preset.run.views == "fast"
@@ -131,7 +131,7 @@ def loader_of(preset: PretrainPreset, source: Source, views: Views) -> Loader:
     )
 
 
-def feed_of(loader: Loader, views: Views, preset: PretrainPreset) -> Feed:
+def feed_of(loader: Loader, views: Views, preset: Recipe) -> Feed:
     """Device batches of a resolved preset."""
     return Feed(
         loader,
@@ -142,7 +142,7 @@ def feed_of(loader: Loader, views: Views, preset: PretrainPreset) -> Feed:
     )
 
 
-def training_of(method: Method[Any], preset: PretrainPreset) -> tuple[loop.Training, str]:
+def training_of(method: Method[Any], preset: Recipe) -> tuple[loop.Training, str]:
     """Method, optimiser and scaler on this rank's device, and the printed table of parameter groups.
 
     Raises:
@@ -174,7 +174,7 @@ def training_of(method: Method[Any], preset: PretrainPreset) -> tuple[loop.Train
     return loop.Training(method, wrapped, optimizer, scaler, lr), text
 
 
-def check_shard(preset: PretrainPreset) -> None:
+def check_shard(preset: Recipe) -> None:
     """Refuse what does not work on shares.
 
     Raises:
@@ -184,7 +184,7 @@ def check_shard(preset: PretrainPreset) -> None:
         raise PresetError("`run.shard` does not go with `optim.name: lamb`", hint="use adamw, sgd or lars")
 
 
-def set_arithmetic(preset: PretrainPreset) -> None:
+def set_arithmetic(preset: Recipe) -> None:
     """Say how this process multiplies fp32 numbers on a GPU: in TF32 where the whole network is fp32 and may be."""
     if dist.device().type == "cuda":
         faster = preset.run.tf32 and preset.run.precision == "fp32"

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, final
 
-from sslcli.config.presets import PretrainPreset, as_data
+from sslcli.config.base import Settings
+from sslcli.config.presets import as_data
 from sslcli.errors import UserError
 
 PROJECT = "ssl"
@@ -30,7 +31,7 @@ class Logger(Protocol):
         ...
 
 
-def open_logger(name: str, folder: Path, preset: PretrainPreset, step: int) -> Logger:
+def open_logger(name: str, folder: Path, preset: Settings, step: int) -> Logger:
     """The service of this name, for a run that starts after `step`.
 
     Raises:
@@ -43,7 +44,7 @@ def open_logger(name: str, folder: Path, preset: PretrainPreset, step: int) -> L
 class TensorBoard:
     """Event files in the run folder."""
 
-    def __init__(self, folder: Path, preset: PretrainPreset, step: int) -> None:
+    def __init__(self, folder: Path, preset: Settings, step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._events: Any = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -62,7 +63,7 @@ class TensorBoard:
 class WandB:
     """Weights & Biases; offline where `WANDB_MODE=offline` or `wandb offline` says so."""
 
-    def __init__(self, folder: Path, preset: PretrainPreset, step: int) -> None:
+    def __init__(self, folder: Path, preset: Settings, step: int) -> None:
         wandb = _package("wandb", "wandb")
         try:
             self._run: Any = wandb.init(
@@ -94,7 +95,7 @@ class WandB:
 class MLflow:
     """An MLflow server, or whatever `MLFLOW_TRACKING_URI` names."""
 
-    def __init__(self, folder: Path, preset: PretrainPreset, step: int) -> None:
+    def __init__(self, folder: Path, preset: Settings, step: int) -> None:
         mlflow = _package("mlflow", "mlflow")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         try:
@@ -107,7 +108,7 @@ class MLflow:
                 hint="name a server, e.g. `export MLFLOW_TRACKING_URI=http://localhost:5000`",
             ) from error
 
-    def _new_run(self, name: str, folder: Path, preset: PretrainPreset) -> str:
+    def _new_run(self, name: str, folder: Path, preset: Settings) -> str:
         from mlflow.entities import Param
 
         experiment = self._client.get_experiment_by_name(name)
@@ -130,7 +131,7 @@ class MLflow:
         self._client.set_terminated(self._run, "FINISHED" if finished else "FAILED")
 
 
-OPEN: dict[str, Callable[[Path, PretrainPreset, int], Logger]] = {
+OPEN: dict[str, Callable[[Path, Settings, int], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,

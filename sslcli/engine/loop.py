@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sslcli import dist
-from sslcli.config.presets import PretrainPreset
 from sslcli.config.schedule import factor
-from sslcli.contracts import Batch, Look, Method, Progress, StepResult
+from sslcli.contracts import Batch, Look, Method, Progress, Recipe, StepResult
 from sslcli.engine import optim
 from sslcli.engine.checkpoint import State, Store
 from sslcli.engine.feed import Feed
@@ -63,11 +62,11 @@ class Training:
 def fit(
     training: Training,
     feed: Feed,
-    preset: PretrainPreset,
+    preset: Recipe,
     at: Progress,
     *,
     look: Look,
-    monitor: Monitor,
+    monitor: Monitor | None,
     record: Record,
     store: Store,
     checkpoint: Callable[[Progress], State],
@@ -95,7 +94,7 @@ def fit(
             meter.add(at.step, result, norm)
             if at.step % run.log_every == 0 or at.done:
                 record.note(meter.note(at, lr, feed), at)
-            if monitor.due(at):
+            if monitor is not None and monitor.due(at):
                 with meter.paused():
                     dist.lent(training.wrapped, partial(monitor.look, at, result.scalars))
             stopping = dist.any_rank(stop_asked())
@@ -108,7 +107,7 @@ def fit(
                 record.status("stopped", at, "stopped on request")
                 raise StoppedOnRequest(
                     f"stopped on request at step {at.step}; the checkpoint is written",
-                    hint=f"continue with `ssl resume {record.folder}`",
+                    hint=f"continue with `{record.again}`",
                 )
             if at.done:
                 break
@@ -116,7 +115,7 @@ def fit(
     return at
 
 
-def step(training: Training, batch: Batch, at: Progress, preset: PretrainPreset) -> tuple[StepResult, Tensor, float]:
+def step(training: Training, batch: Batch, at: Progress, preset: Recipe) -> tuple[StepResult, Tensor, float]:
     """One optimiser update: its loss, the norm of its gradient, its learning rate."""
     method, optimizer, scaler = training.method, training.optimizer, training.scaler
     lr = optim.set_lr(optimizer, training.lr, factor(preset.schedule, at.step, at.total, at.steps_per_epoch))
@@ -137,7 +136,7 @@ def step(training: Training, batch: Batch, at: Progress, preset: PretrainPreset)
     return result, norm, lr
 
 
-def accumulate(training: Training, batch: Batch, at: Progress, preset: PretrainPreset) -> StepResult:
+def accumulate(training: Training, batch: Batch, at: Progress, preset: Recipe) -> StepResult:
     """Forward and backward over the slices of a batch; gradients are averaged over slices and ranks."""
     parts = preset.run.accumulate
     results: list[StepResult] = []
@@ -175,7 +174,7 @@ def slices(batch: Batch, parts: int) -> Iterator[Batch]:
         )
 
 
-def autocast(preset: PretrainPreset, device: torch.device) -> torch.autocast:
+def autocast(preset: Recipe, device: torch.device) -> torch.autocast:
     """Mixed precision of the forward pass."""
     dtype = DTYPES.get(preset.run.precision or "fp32")
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

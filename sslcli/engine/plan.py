@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslcli import dist
 from sslcli.config.presets import PretrainPreset
-from sslcli.contracts import Progress, RunFacts
+from sslcli.contracts import Progress, Recipe, RunFacts
 from sslcli.data import open_source
 from sslcli.data.source import Source
 from sslcli.engine import loop, machine
@@ -33,7 +33,7 @@ from sslcli.seeds import seed_of
 from sslcli.views import build
 
 
-def check_batch(preset: PretrainPreset, images: int, ranks: int) -> None:
+def check_batch(preset: Recipe, images: int, ranks: int) -> None:
     """Refuse a batch that the ranks cannot share or the images cannot fill.
 
     Raises:

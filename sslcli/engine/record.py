@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from sslcli import dist
-from sslcli.config.presets import PretrainPreset, as_data
+from sslcli.config.base import Settings
+from sslcli.config.presets import as_data
 from sslcli.config.yaml_file import dump
 from sslcli.contracts import Progress
 from sslcli.engine import machine
@@ -85,8 +86,11 @@ class Record:
         draw: Callable[[Path], None] | None = None,
         tensorboard: bool = True,
         loggers: Sequence[str] = (),
+        again: str | None = None,
     ) -> None:
         self.folder = folder
+        self.again = again or f"ssl resume {folder}"
+        """The command that continues the run."""
         self.at: Progress | None = None
         """How far the run has come."""
         self._batch_size = batch_size
@@ -102,7 +106,7 @@ class Record:
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="record")
 
-    def open(self, preset: PretrainPreset, at: Progress) -> None:
+    def open(self, preset: Settings, at: Progress) -> None:
         """Write what is known at the start; forget metrics of steps that will be taken again.
 
         Raises:

@@ -17,6 +17,7 @@ from sslcli.contracts import Report
 from sslcli.data import open_source, other_split
 from sslcli.data.source import Source, UnreadableImage
 from sslcli.engine import checkpoint, machine
+from sslcli.engine.classifier import TrainedEvaluator
 from sslcli.engine.look import Room
 from sslcli.errors import DataError, UserError
 from sslcli.features.baselines import centred, raw_pixels, untrained
@@ -29,6 +30,8 @@ LEARNED, UNTRAINED, RAW = "learned", "untrained", "raw pixels"
 
 Passes = Callable[[str], Told | None]
 """Called with the title of each pass over images; gives who wants to know how far it is."""
+
+Judge = TableEvaluator | TrainedEvaluator
 
 _VERSIONS = ("ssl", "python", "torch", "numpy", "scikit-learn", "gpus")
 
@@ -216,13 +219,13 @@ def _judge(preset: EvalPreset) -> TableEvaluator:
     return made
 
 
-def _own(weights: Weights, judge: TableEvaluator) -> tuple[AnySource, AnySource | None]:
+def _own(weights: Weights, judge: Judge) -> tuple[AnySource, AnySource | None]:
     """The images that the weights were trained on, and the test images that belong to them."""
     train = weights.preset().data.source
     return train, train if judge.same_images else other_split(train)
 
 
-def _images_of(weights: Weights, preset: EvalPreset, judge: TableEvaluator) -> tuple[AnySource, AnySource]:
+def _images_of(weights: Weights, preset: EvalPreset, judge: Judge) -> tuple[AnySource, AnySource]:
     train = preset.train or _own(weights, judge)[0]
     test = train if judge.same_images else preset.test or other_split(train)
     if test is None:
@@ -236,7 +239,7 @@ def _images_of(weights: Weights, preset: EvalPreset, judge: TableEvaluator) -> t
     return train, test
 
 
-def _opened(configs: tuple[AnySource, AnySource], judge: TableEvaluator) -> tuple[Source, Source]:
+def _opened(configs: tuple[AnySource, AnySource], judge: Judge) -> tuple[Source, Source]:
     """Both sources, once it is certain that they can be used: the pass over them may take long."""
     train = open_source(configs[0])
     test = train if judge.same_images else open_source(configs[1])
@@ -302,7 +305,7 @@ def _facts_of(
 def _outcome(
     weights: Weights,
     protocol: Protocol,
-    judge: TableEvaluator,
+    judge: Judge,
     columns: Mapping[str, Scores],
     facts: Mapping[str, Any],
     *,

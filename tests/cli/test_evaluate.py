@@ -93,6 +93,39 @@ def test_what_cannot_work_is_refused_with_the_fix(run: Path, tmp_path: Path):
         ran("eval", "knn", run, "--preset", "knn-v9")
     with pytest.raises(UserError, match="comes with ssl"):
         newest("astrology")
+    with pytest.raises(UserError, match="several protocols for `linear`") as caught:
+        ran("eval", "linear", run)
+    assert "linear-moco-v1" in (caught.value.hint or "")
+    assert "linear-cached-v1" not in (caught.value.hint or "")
+    with pytest.raises(UserError, match="`--floors` is for evaluations of stored features"):
+        ran("eval", "semi", run, "--preset", "semi-1pct-v1", "--floors")
+
+
+def test_an_evaluation_that_trains_leaves_a_report_and_its_training(run: Path):
+    words = (
+        "eval",
+        "linear",
+        run,
+        "--preset",
+        "linear-swav-v1",
+        "-o",
+        "evaluator.epochs=1",
+        "-o",
+        "evaluator.batch_size=32",
+    )
+    done = ran(*words, "--seeds", "2")
+    assert " ± " in done.stdout
+    assert "images of 10 classes" in done.stderr.replace("64 of", "images of")
+    report = json.loads(next((run / "reports").glob("linear-swav-v1@settings-*.json")).read_text())
+    assert report["details"]["seeds"] == 2
+    folder = Path(report["details"]["training"]["folder"])
+    assert (folder / "metrics.jsonl").is_file()
+    assert (folder.parent / folder.name.replace("seed0", "seed1")).is_dir()
+    import numpy as np
+
+    np.savez("t.npz", index=np.arange(3), meta=np.array("{}"))
+    with pytest.raises(UserError, match="trains on images, not on tables"):
+        ran(*words, "--train", "t.npz", "--test", "t.npz")
 
 
 @pytest.mark.dist

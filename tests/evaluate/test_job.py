@@ -19,6 +19,7 @@ from sslcli.config.load import load as load_preset
 from sslcli.config.load import names
 from sslcli.data import open_source
 from sslcli.engine import checkpoint
+from sslcli.engine.classifier import TrainedEvaluator
 from sslcli.errors import DataError, UserError
 from sslcli.evaluate._job import LEARNED, RAW, UNTRAINED, Outcome, Protocol, evaluate, evaluate_tables
 from sslcli.features.compute import of_network
@@ -235,6 +236,10 @@ def test_every_evaluator_keeps_the_contract(name: str, tiny_run: Path):
     cfg = config_of("sslcli.evaluate", name)(**small.get(name, {}))
     judge = build("sslcli.evaluate", cfg)(cfg)
     assert cfg.name == name
+    if isinstance(judge, TrainedEvaluator):  # what these find is for `test_trained.py`
+        assert judge.reads(load(tiny_run).backbone)
+        assert any(protocol.startswith(f"{name}-") for protocol in names("eval"))
+        return
     assert isinstance(judge, TableEvaluator)
     tables = (stored(tiny_run, split, judge.taps, tests=64) for split in ("train", "test"))
     found = judge.score(*tables, 0)
