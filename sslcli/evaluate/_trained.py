@@ -117,8 +117,6 @@ def _setting(weights: Weights, protocol: Protocol) -> _Setting:
     labels, truth = used.labels, test.labels
     assert labels is not None and truth is not None  # noqa: PT018  # checked when they were opened
     _check_classes(whole, labels, cfg)
-    if not used.on_error == "stop" and len(used) == 0:
-        raise DataError("no training image is left")
     view = cfg.test_view(weights.manifest.view)
     view = view if preset.view is None else preset.view.applied_to(view)
     return _Setting(

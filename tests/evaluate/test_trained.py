@@ -216,7 +216,7 @@ def test_what_would_ruin_a_number_is_refused(run: Path, tmp_path: Path):
         DataError, match=r"1 of the 3 classes have no training image, first of them `nobody` \(number 1\)"
     ):
         judged(run, "linear-moco-v1", train={"name": "npz", "path": str(arrays)}, test=images)
-    with pytest.raises(DataError, match="`evaluator.batch_size` 128 is larger than the data set of 64") as caught:
+    with pytest.raises(DataError, match=r"`evaluator\.batch_size` 128 is larger than the data set of 64") as caught:
         judged(run, "finetune-r50-v1", "evaluator.batch_size=128")
     assert "-o evaluator.batch_size=64" in (caught.value.hint or "")
     with pytest.raises(PresetError, match="needs a vision transformer"):
