@@ -256,12 +256,15 @@ def _summary(job: Job, recipe: Recipe, training: loop.Training, facts: RunFacts,
     trained = sum(p.numel() for p in training.method.parameters() if p.requires_grad)
     own = sum(p.numel() for p in training.method.backbone.parameters())
     rule = "" if optim.per is None else f" = {optim.lr:g} x {batch}/{optim.per}"
+    at_once = images_per_rank(recipe)
+    if isinstance(training.method, Classifier) and training.method.frozen:
+        at_once = min(at_once, training.method.at_once)
     rows = [
         *job.facts,
-        ("trained", f"{trained / 1e6:.2f} M parameters; the network has {own / 1e6:.2f} M"),
+        ("trained", f"{trained:,} parameters; the network has {own:,}"),
         ("images", f"{facts.images} of {len(job.source.classes)} classes; {facts.steps_per_epoch} steps per epoch"),
         ("steps", f"{facts.total_steps}, " + ("from 0" if at.step == 0 else f"resumed at {at.step}")),
-        ("batch", f"{batch} on {dist.world()} rank(s), {images_per_rank(recipe)} per forward pass"),
+        ("batch", f"{batch} on {dist.world()} rank(s), {at_once} per forward pass"),
         ("learning rate", f"{training.lr:g}{rule}, {recipe.schedule.name}"),
         ("arithmetic", f"{recipe.run.precision} on {dist.device()}"),
     ]

@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sslcli.errors import PresetError
@@ -39,7 +39,7 @@ class AugmentedCrops:
         Raises:
             PresetError: timm does not understand the words.
         """
-        from timm.data.auto_augment import rand_augment_transform
+        from timm.data.auto_augment import posterize, rand_augment_transform
 
         group, mean = self.views.cfg.groups[0], self.views.cfg.normalize.mean
         params = {
@@ -48,11 +48,15 @@ class AugmentedCrops:
             "interpolation": reference.FILTERS[group.interpolation],
         }
         try:
-            return rand_augment_transform(self.words, params)
+            made = rand_augment_transform(self.words, params)
         except (AssertionError, ValueError, IndexError, KeyError) as error:
             raise PresetError(
                 f"`crop.rand_augment`: timm does not understand `{self.words}`", hint="e.g. `rand-m9-mstd0.5-inc1`"
             ) from error
+        for operation in made.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = posterized
+        return made
 
     def crop(self, image: Pixels, index: int, epoch: int) -> list[Pixels]:
         """Crop, resize, mirror and augment one image (H, W, 3) uint8: one view (3, s, s) uint8."""
@@ -79,3 +83,11 @@ class AugmentedCrops:
     def arrange(self, rendered: Sequence[Tensor], index: Ints, epoch: int) -> Seen:
         """The one view."""
         return Seen(list(rendered))
+
+
+def posterized(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
+    """The upper `bits` bits of every value; of none, black.
+
+    timm asks for none at high magnitudes, which Pillow refuses since version 13.
+    """
+    return ImageOps.posterize(image, bits) if 0 < bits < 8 else image if bits >= 8 else image.point(lambda value: 0)

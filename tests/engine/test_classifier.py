@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslcli.backbones import resnet, vit
+from sslcli.backbones import resnet, timm, vit
+from sslcli.config.data import Data, Digits
 from sslcli.config.load import load
-from sslcli.config.supervised import Mix, TrainedConfig
+from sslcli.config.supervised import Mix, TrainedConfig, TunedConfig
 from sslcli.contracts import Backbone, Batch, Progress, RunFacts
+from sslcli.engine import loop
+from sslcli.engine.build import training_of
 from sslcli.engine.classifier import (
     Classifier,
     Read,
@@ -229,6 +232,37 @@ def test_blocks_are_skipped_as_timm_would():
         assert repr(mine.drop_path2) == repr(other.drop_path2)
     with pytest.raises(PresetError, match="no blocks that can be skipped"):
         set_drop_path(small().trunk, 0.1)
+
+
+@pytest.mark.parametrize("name", ["finetune-mae-vitb-v1", "finetune-simmim-swinb-v1"])
+def test_fine_tuning_protocols_take_a_step(name: str):
+    cfg = load("eval", name, ("evaluator.batch_size=4",)).preset.evaluator
+    assert isinstance(cfg, TunedConfig)
+    backbone: Backbone = (
+        small_vit() if "vit" in name else timm.build(timm.Config(model="swin_tiny_patch4_window7_224", image_size=64))
+    )
+    set_drop_path(backbone.trunk, cfg.drop_path)
+    side = 32 if "vit" in name else 64
+    made = classifier(backbone, tuned_reads(cfg.feature, backbone), frozen=False, side=side, erase=cfg.crop.erase,
+                      mix=cfg.mix, smoothing=cfg.smoothing)  # fmt: skip
+    recipe = cfg.recipe(Data(source=Digits(), batch_size=4), 0)
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": "fp32"})})
+    training, _ = training_of(made, recipe)
+    made.train()
+    groups = training.optimizer.param_groups
+    scales = {n: (g["lr_scale"], g["weight_decay"]) for g in groups for n in g["names"]}
+    assert scales["heads.class.linear.weight"] == (1.0, 0.05)
+    assert scales["heads.class.linear.bias"] == (1.0, 0.0)
+    blocks = 3 if "vit" in name else 12
+    decay = cfg.optim.layer_decay or 1.0
+    assert scales["backbone.trunk.patch_embed.proj.weight"] == pytest.approx((decay ** (blocks + 1), 0.05))
+    before = {n: p.clone() for n, p in made.named_parameters()}
+    at = Progress(step=200, total=1000, steps_per_epoch=8, seed=0)
+    result, norm, _ = loop.step(training, batch(4, side), at, recipe)
+    assert torch.isfinite(result.loss)
+    assert torch.isfinite(norm)
+    moved = {n for n, p in made.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(scales)
 
 
 def test_the_following_copy_follows_with_its_statistics():

@@ -11,6 +11,7 @@ from sslcli.config.views import Normalize
 from sslcli.errors import PresetError
 from sslcli.seeds import seed_of, seeded
 from sslcli.views import AugmentedCrops, CropViews
+from sslcli.views.augment import posterized
 
 WORDS = "rand-m9-mstd0.5-inc1"
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), dtype=np.uint8)
@@ -55,6 +56,18 @@ def test_generators_of_others_are_lent_and_given_back():
     with seeded("a", 1):
         assert (random.random(), np.random.rand(), torch.rand(1).item()) == inside
     assert seed_of("a", 1) != seed_of("a", 2)
+
+
+def test_magnitudes_that_leave_no_bit_give_black():
+    picture = Image.fromarray(IMAGES[0])
+    for bits in range(1, 8):
+        kept = 256 - 2 ** (8 - bits)
+        assert np.array_equal(np.asarray(posterized(picture, bits)), IMAGES[0] & kept)
+    assert posterized(picture, 8) is picture
+    assert np.asarray(posterized(picture, 0)).max() == 0
+    views = made("rand-m10-mstd101-inc1")
+    for index in range(200):  # every operation, at every strength
+        assert views.crop(IMAGES[index % 4], index, 0)[0].shape == (3, 32, 32)
 
 
 def test_words_that_timm_does_not_know_are_refused():
