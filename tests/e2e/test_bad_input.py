@@ -105,7 +105,7 @@ def test_a_checkpoint_cut_in_half(tmp_path: Path):
     assert pretrain("--out", "run", *overrides(*QUICK, "run.checkpoints.every_steps=2"), cwd=tmp_path).returncode == 0
     last = checkpoint.newest(tmp_path / "run")
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    assert_refused(ssl("extract-backbone", last.relative_to(tmp_path), cwd=tmp_path), str(last.name), "whole")
+    assert_refused(ssl("extract-backbone", last.relative_to(tmp_path), cwd=tmp_path), str(last.name), "cut short")
     done = ssl("resume", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert last.name in done.stderr
