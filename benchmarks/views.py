@@ -203,7 +203,7 @@ def contest(entries: Contest, rounds: int) -> dict[str, float]:
             begun = time.process_time()
             work()
             best[name] = max(best[name], count / (time.process_time() - begun))
-    return best
+    return {name: round(rate, 1) for name, rate in best.items()}
 
 
 def images_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
@@ -230,7 +230,10 @@ def main() -> None:
         "32 px in memory, no blur": contest(of_small(pixels, blur=False), arguments.rounds),
         "32 px in memory, blur": contest(of_small(pixels, blur=True), arguments.rounds),
     }
-    ratios = {setting: {name: rate / rates["pil"] for name, rate in rates.items()} for setting, rates in found.items()}
+    ratios = {
+        setting: {name: round(rate / rates["pil"], 2) for name, rate in rates.items()}
+        for setting, rates in found.items()
+    }
     for setting, rates in found.items():
         print(f"\n| {setting} | images/s per core | over pil |\n| --- | --- | --- |")
         for name, rate in rates.items():
