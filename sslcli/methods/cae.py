@@ -85,7 +85,7 @@ class CAE(Method[Config]):
             LayerNorm(width),
         )  # fmt: skip
         self.head = nn.Linear(width, cfg.words if cfg.target == "tokens" else 3 * backbone.patch**2)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02, a=-0.02, b=0.02))
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02, a=-0.02, b=0.02))
         for part in (self.adapter, self.regressor, self.decoder, self.head):
             part.apply(xavier_)
         self.slow_backbone = slow.frozen_copy(backbone) if cfg.aligned_with == "previous" else None

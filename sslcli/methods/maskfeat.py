@@ -42,7 +42,7 @@ class MaskFeat(Method[Config]):
                 hint="use `backbone: {name: vit}`, and a cell whose multiple is `backbone.patch`",
             )
         self.across = backbone.patch // cfg.cell
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(backbone.patch_dim), std=0.02))
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, backbone.patch_dim), std=0.02))
         self.head = nn.Linear(backbone.dim, 3 * cfg.bins * self.across**2)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -51,7 +51,7 @@ class MaskFeat(Method[Config]):
         """Histograms of the hidden patches, predicted from the others."""
         (images,), masks = batch.views, batch.masks
         assert masks is not None
-        maps = self.backbone.masked_maps(images, masks, self.mask_token)
+        maps = self.backbone.masked_maps(images, masks, self.mask_token[0, 0])
         predictions = self.head(maps.flatten(2).mT)  # (B, N, D)
         targets = self.targets(images)
         if predictions.shape != targets.shape:

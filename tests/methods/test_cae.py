@@ -13,7 +13,9 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor
 
 from sslcli.backbones import beit, resnet, vit
+from sslcli.config import load
 from sslcli.contracts import Batch, Progress, RunFacts
+from sslcli.engine.optim import param_groups
 from sslcli.errors import UserError, WeightsError
 from sslcli.methods import cae
 from sslcli.nn.dalle import Encoder
@@ -121,17 +123,12 @@ def method_of(meta: dict, filled: Callable, aligned_with: str) -> cae.CAE:
     ), backbone, FACTS).double()  # fmt: skip
     give_gains(method.regressor.blocks, size["inner"])
     own = dict(method.state_dict())
-    tensors = {key: torch.from_numpy(filled(key, shape_of(key, got(own, key, depth)))) for key in meta["filled"]
+    tensors = {key: torch.from_numpy(filled(key, list(got(own, key, depth).shape))) for key in meta["filled"]
                if not re.match("alignment_encoder|teacher", key)}  # fmt: skip
     tensors["encoder.pos_embed"] = own["backbone.trunk.pos_embed"]
     put(method, tensors, depth)
     method.copy_student()
     return method
-
-
-def shape_of(key: str, tensor: Tensor) -> list[int]:
-    """The shape of a tensor in the references, where the mask token has three dimensions."""
-    return [1, 1, len(tensor)] if key.endswith("mask_token") else list(tensor.shape)
 
 
 def give_gains(blocks: Iterable[CrossBlock], width: int) -> None:
@@ -389,6 +386,15 @@ def test_start():
         assert not layer.bias.any()
     assert 0 < method.mask_token.abs().max() <= 0.02
     assert torch.equal(method.regressor.blocks[0].scale1.gamma, torch.full((24,), 0.1))
+
+
+def test_all_but_biases_and_gains_are_decayed():
+    optim = load.load("pretrain", "cae-vitb16-300e").preset.optim
+    method = small(target="pixels")
+    groups = param_groups(method.named_parameters(), optim, optim.rules)
+    free = {name for group in groups if not group["weight_decay"] for name in group["names"]}
+    assert all(re.search(r"bias|norm|gamma|^decoder\.1\.weight", name) for name in free)
+    assert {"head.bias", "backbone.trunk.blocks.0.norm1.weight"} < free
 
 
 def test_start_of_the_encoder():

@@ -1,6 +1,7 @@
 """MaskFeat equal to the authors' code (SlowFast) and to MMSelfSup: targets, loss, gradients."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from sslcli import dist
 from sslcli.backbones import resnet, vit
+from sslcli.config import load
 from sslcli.contracts import Batch, Progress, RunFacts
+from sslcli.engine.optim import param_groups
 from sslcli.errors import UserError
 from sslcli.methods import maskfeat
 
@@ -75,7 +78,7 @@ def test_the_whole_method_as_in_slowfast(golden: Path, filled: Callable, name: s
     meta = json.loads(str(case["meta"]))
     method = method_of(meta, SLOWFAST, filled, maskfeat.Config())
     images, masks = torch.from_numpy(case["imgs"]), torch.from_numpy(case["mask"]).flatten(1).bool()
-    maps = method.backbone.masked_maps(images, masks, method.mask_token)
+    maps = method.backbone.masked_maps(images, masks, method.mask_token[0, 0])
     predictions = method.head(maps.flatten(2).mT).detach()
     np.testing.assert_allclose(predictions, case["pred_all"], rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(predictions[masks], case["pred_masked"], rtol=1e-8, atol=1e-8)
@@ -174,8 +177,17 @@ def test_hidden_patches_are_not_seen():
     masks[:, 5] = True
     other = images.clone()
     other[:, :, 4:8, 4:8] = 9.0
-    seen = method.backbone.masked_maps(images, masks, method.mask_token)
-    assert torch.equal(seen, method.backbone.masked_maps(other, masks, method.mask_token))
+    seen = method.backbone.masked_maps(images, masks, method.mask_token[0, 0])
+    assert torch.equal(seen, method.backbone.masked_maps(other, masks, method.mask_token[0, 0]))
+
+
+def test_all_but_biases_and_gains_are_decayed():
+    optim = load.load("pretrain", "maskfeat-vitb16-300e").preset.optim
+    method = small()
+    groups = param_groups(method.named_parameters(), optim, optim.rules)
+    free = {name for group in groups if not group["weight_decay"] for name in group["names"]}
+    assert all(re.search(r"bias|norm|gamma", name) for name in free)
+    assert {"head.bias", "backbone.trunk.blocks.0.norm1.weight"} < free
 
 
 def test_what_does_not_fit_is_refused():
