@@ -1,6 +1,8 @@
 """The shipped pretraining presets say what the papers and their authors' code say."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,21 @@ def said(section: Settings, **expected: object) -> None:
     assert {key: data[key] for key in expected} == expected
 
 
+def test_every_old_preset_has_one_of_ours():
+    page = Path(__file__).parents[2] / "docs" / "reference" / "old-presets.md"
+    rows = re.findall(r"^\| `(.+?)`.*? \| `(.+?)`(?: with `-o (.+?)`)?", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 40 + 14 + 3  # MMSelfSup, OpenSelfSup but for one, Triplet
+    for old, name, override in rows:
+        preset = load.load("pretrain", name, [override] if override else []).preset
+        length = re.search(r"(\d+)e(?:-fp16)?$|ep(\d+)", old)
+        assert length is None or preset.run.epochs == int(length[1] or length[2])
+        images = re.search(r"(\d+)xb(\d+)(?:-fp16)?(?:-accum(\d+))?", old)
+        if images:
+            gpus, each, accumulate = (int(number or 1) for number in images.groups())
+            assert preset.data.batch_size == gpus * each * accumulate
+            assert preset.run.accumulate == accumulate
+
+
 JITTER = {"p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 
 
@@ -33,15 +50,16 @@ def test_every_preset_says_what_it_is(name):
     assert unpublished == (not about.expects)
 
 
-def test_mocov1():
-    preset = preset_of("mocov1-r50-200e")
+@pytest.mark.parametrize(("name", "precision"), [("mocov1-r50-200e", None), ("mocov1-r50-fp16-200e", "fp16")])
+def test_mocov1(name, precision):
+    preset = preset_of(name)
     said(preset.method, name="moco", mlp=False, dim=128, queue=65536, momentum=0.999, temperature=0.07, symmetric=False)
     (group,) = preset.views.groups
     said(group, repeat=2, size=224, scale=[0.2, 1.0], grey=0.2, grey_first=True, blur=None, solarize=None, flip=0.5)
     said(group, jitter={"p": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.4})
     said(preset.optim, name="sgd", lr=0.03, per=256, momentum=0.9, nesterov=False, weight_decay=1e-4, rules=[])
     said(preset.schedule, name="step", at=[120, 160], gamma=0.1, warmup=None, by="epoch")
-    said(preset.run, epochs=200, batch_norm=32, precision=None)
+    said(preset.run, epochs=200, batch_norm=32, precision=precision)
     assert preset.data.batch_size == 256
     assert preset.data.drop_last
     said(preset.backbone, name="resnet", depth=50, width=64, stem="imagenet", zero_init_residual=False)
@@ -59,7 +77,10 @@ def test_mocov2(name, epochs):
     said(preset.run, epochs=epochs, batch_norm=32)
 
 
-@pytest.mark.parametrize(("name", "batch", "lr"), [("simclr-r50-200e", 256, 0.3), ("simclr-r50-4096-200e", 4096, 4.8)])
+@pytest.mark.parametrize(
+    ("name", "batch", "lr"),
+    [("simclr-r50-200e", 256, 0.3), ("simclr-r50-512-200e", 512, 0.6), ("simclr-r50-4096-200e", 4096, 4.8)],
+)
 def test_simclr(name, batch, lr):
     preset = preset_of(name)
     said(preset.method, name="simclr", temperature=0.1, dim=128, hidden=2048, layers=2, batch_norm=True, joint=True)
@@ -157,6 +178,7 @@ def seventy_epochs_in_steps(preset: PretrainPreset) -> None:
     [
         ("mae-vitb16-300e", "base", 16, 300),
         ("mae-vitb16-400e", "base", 16, 400),
+        ("mae-vitb16-fp16-400e", "base", 16, 400),
         ("mae-vitb16-800e", "base", 16, 800),
         ("mae-vitb16-1600e", "base", 16, 1600),
         ("mae-vitl16-800e", "large", 16, 800),
@@ -176,7 +198,7 @@ def test_mae(name, size, patch, epochs):
     assert preset.optim.effective_lr(4096) == 2.4e-3
     said(preset.schedule, name="cosine", by="step", end=0.0)
     said(preset.schedule.warmup, epochs=40, start=0.0, shape="linear", by="step", subtract=True)
-    said(preset.run, epochs=epochs, clip=None)
+    said(preset.run, epochs=epochs, clip=None, precision="fp16" if "fp16" in name else None)
     said(preset.data, batch_size=4096, drop_last=True)
 
 
