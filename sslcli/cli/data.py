@@ -233,9 +233,13 @@ def pack(
     if skip is not None:
         source = without(source, skip)
     how = packing.How(encoding, size, quality, per_shard)
-    with Passes() as passes:
-        processes = processors() if workers is None else workers
-        done = packing.pack(source, out, how, workers=processes, told=passes("images"))
+    processes = processors() if workers is None else workers
+    try:
+        with Passes() as passes:
+            done = packing.pack(source, out, how, workers=processes, told=passes("images"))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise
     if as_json:
         facts = {"images": done.images, "skipped": done.skipped, "bytes": done.bytes, "shards_kept": done.kept}
         print(json.dumps({"folder": str(out), **facts}, indent=2))

@@ -101,9 +101,7 @@ def guess_source(path: Path) -> AnySource:
     if os.path.isdir(path):
         return _guess_folder(path)
     if not os.path.exists(path):
-        raise DataError(
-            f"`{path}` does not exist", hint="`--data` takes a folder, a list of files or an `.npz` archive"
-        )
+        raise DataError(f"`{path}` does not exist", hint="give a folder, a list of files, an `.npz` archive or a pack")
     match path.suffix.lower():
         case ".csv":
             from sslcli.data.file_list import parts_of

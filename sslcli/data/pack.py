@@ -65,7 +65,10 @@ def pack(source: Source, out: Path, how: How, *, workers: int, told: Callable[[i
             if told is not None:
                 told(min(len(facts) * how.per_shard, len(source)), len(source))
     except OSError as error:
-        raise DataError(f"cannot write into `{out}`: {error.strerror or error}") from None
+        raise DataError(
+            f"cannot write into `{out}`: {error.strerror or error}",
+            hint="the same command goes on where it stopped, once that is mended",
+        ) from None
     skipped = {name: reason for fact in facts for name, reason in fact["skipped"].items()}
     images = sum(fact["images"] for fact in facts)
     if not images:
@@ -78,6 +81,8 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Make the folder, or make sure that what it holds is the beginning of the same pack."""
     if (out / MANIFEST).exists():
         raise DataError(f"`{out}` is a finished pack", hint="give another folder, or delete it")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"`{out}` is a file", hint="give a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / PLAN).exists():
@@ -92,7 +97,9 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
         else:
             _write(out / PLAN, json.dumps(plan, indent=2).encode())
     except OSError as error:
-        raise DataError(f"cannot write into `{out}`: {error.strerror}") from None
+        raise DataError(
+            f"cannot write into `{out}`: {error.strerror}", hint="give a new folder, where you may write"
+        ) from None
 
 
 def _shard(source: Source, out: Path, how: How, number: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,8 +31,8 @@ def each(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R
         yield from map(work, tasks)
         return
     waiting: deque[Future[R]] = deque()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_hold, initargs=(work,)) as pool:
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
         try:
             for task in tasks:
                 waiting.append(pool.submit(_held, task))
@@ -40,17 +42,30 @@ def each(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise SslError("a process died: out of memory?", hint="try fewer, e.g. `--workers 1`") from error
-        finally:
+        except BaseException:  # whoever leaves does not want what is under way
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
 
 
 _work: Callable[[Any], Any] = repr
 
 
-def _hold(work: Callable[[Any], Any]) -> None:
-    """Keep what a process does, so that it travels there once and not with every task."""
+def _begin(work: Callable[[Any], Any]) -> None:
+    """Keep what a process does, so that it travels there once and not with every task; leave Ctrl-C to the parent."""
     global _work
     _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only spawned processes come here"
+    parent.join()
+    os._exit(1)
 
 
 def _held(task: Any) -> Any:
