@@ -110,6 +110,8 @@ class Batch:
     """(B, N) bool, True where a patch is masked; for masked views."""
     masked: int | None = None
     """How many patches are masked of every image, where the host knows that it is the same number."""
+    blocks: Tensor | None = None
+    """(B, T, M) int64, numbers of the patches of T target blocks in row-major order; for masks that have such."""
     targets: list[Tensor] = field(default_factory=list)
     """Further renderings of the images for target networks; for masked views."""
 
@@ -152,6 +154,8 @@ class Backbone(nn.Module, ABC):
     """Length of the embedding of a patch."""
     grid: int = 0
     """Rows, and columns, of patches in the images that the network is made for."""
+    prefix: int = 1
+    """How many tokens stand before those of patches: 1 where there is a class token."""
     stride: int = 0
     """Side in pixels of what one place of the last maps stands for."""
 
@@ -172,7 +176,7 @@ class Backbone(nn.Module, ABC):
         """The names `taps` understands."""
 
     def visible_tokens(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Last tokens (B, 1 + K, dim), the class token first, when only some patches of the images are shown.
+        """Last tokens (B, prefix + K, dim), any class token first, when only some patches of the images are shown.
 
         Args:
             images: (B, 3, H, W).

@@ -34,7 +34,7 @@ SIZES = {
 
 
 class Config(BackboneConfig):
-    """Vision transformer with a class token."""
+    """Vision transformer with a class token, or without."""
 
     name: Literal["vit"] = "vit"
     size: Literal["tiny", "small", "base", "large", "huge"] = "small"
@@ -53,9 +53,12 @@ class Config(BackboneConfig):
     """Position embeddings: learned, or fixed sines and cosines."""
     sincos_first: Literal["row", "column"] = "row"
     """Coordinate in the first half of fixed positions: `row` in MoCo v3 and MMSelfSup, `column` in MAE."""
-    init: Literal["normal", "mae", "mocov3"] = "normal"
-    """Initial weights. `normal`: normal of 0.02 (DeiT, DINO). `mae`: Xavier uniform, class token normal of
-    0.02. `mocov3`: Xavier uniform with queries, keys and values as three matrices, class token almost 0."""
+    class_token: bool = True
+    """Whether a class token goes through the network beside the patches (not in I-JEPA)."""
+    init: Literal["normal", "mae", "mocov3", "ijepa"] = "normal"
+    """Initial weights. `normal`: normal of 0.02 (DeiT, DINO). `ijepa`: the same, and so is the patch projection.
+    `mae`: Xavier uniform, class token normal of 0.02. `mocov3`: Xavier uniform with queries, keys and values as three
+    matrices, class token almost 0."""
     freeze_patch_embed: bool = False
     """Leave the patch projection as it starts (MoCo v3, section 4.3): steadier training."""
     pool: Literal["cls", "mean"] = "cls"
@@ -76,6 +79,8 @@ class Config(BackboneConfig):
             raise ValueError(f"the number of heads must divide the width (got {heads} and {width})")
         if self.positions == "sincos" and width % 4:
             raise ValueError(f"`positions: sincos` needs a width that 4 divides (got {width})")
+        if not self.class_token and self.pool == "cls":
+            raise ValueError("`class_token: false` leaves nothing but the patches to pool: set `pool: mean`")
         if self.image_size % self.patch:
             raise ValueError(f"`patch` must divide `image_size` (got {self.patch} and {self.image_size})")
         return self
@@ -83,14 +88,16 @@ class Config(BackboneConfig):
 
 @final
 class ViT(Backbone):
-    """Patches and a class token through transformer blocks, then a layer norm."""
+    """Patches and any class token through transformer blocks, then a layer norm."""
 
     trunk: "Trunk"
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         width, depth, heads = cfg.shape
-        self.trunk = vit_trunk(width, depth, heads, cfg.patch, cfg.image_size, cfg.drop_path)
+        self.trunk = vit_trunk(
+            width, depth, heads, cfg.patch, cfg.image_size, cfg.drop_path, class_token=cfg.class_token
+        )
         init_(self.trunk, cfg.init)
         if cfg.positions == "sincos":
             fix_positions_(self.trunk, cfg.sincos_first)
@@ -99,12 +106,13 @@ class ViT(Backbone):
         self.dim = width
         self.pool = cfg.pool
         self.patch = cfg.patch
+        self.prefix = int(cfg.class_token)
         self.grid = cfg.image_size // cfg.patch
         self.stride = cfg.patch
         self.patch_dim = width
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Class token, then patch tokens in row-major order, after the last norm: (B, 1 + N, dim)."""
+        """Any class token, then patch tokens in row-major order, after the last norm: (B, prefix + N, dim)."""
         self._fits(images)
         return self.trunk.forward_features(images)
 
@@ -113,11 +121,11 @@ class ViT(Backbone):
         return self._as_maps(self.tokens(images), images)
 
     def visible_tokens(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Class token, then the tokens of the given patches, after the last norm: (B, 1 + K, dim)."""
+        """Any class token, then the tokens of the given patches, after the last norm: (B, prefix + K, dim)."""
         self._fits(images)
-        tokens = self.trunk._pos_embed(self.trunk.patch_embed(images))  # (B, 1 + N, D)
-        shown = tokens[:, 1:].gather(1, patches.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
-        return self._through(torch.cat([tokens[:, :1], shown], dim=1))
+        tokens = self.trunk._pos_embed(self.trunk.patch_embed(images))  # (B, prefix + N, D)
+        shown = tokens[:, self.prefix :].gather(1, patches.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+        return self._through(torch.cat([tokens[:, : self.prefix], shown], dim=1))
 
     def masked_maps(self, images: Tensor, masks: Tensor, token: Tensor) -> Tensor:
         """Patch tokens (B, dim, h, w) after the last norm, with `token` for the embeddings of masked patches."""
@@ -143,16 +151,18 @@ class ViT(Backbone):
         last, blocks = self.trunk.forward_intermediates(images, return_prefix_tokens=True)
         assert isinstance(last, Tensor)
         found = {"norm": self._as_maps(last, images), "pooled": self._pooled(last)}
-        for number, (maps, prefix) in enumerate(blocks):
+        for number, block in enumerate(blocks):
+            maps, *prefix = block if self.prefix else (block,)
             found[f"blocks.{number}"] = maps
             if f"cls.{number}" in names:
-                found[f"cls.{number}"] = self.trunk.norm(prefix)[:, 0]
+                found[f"cls.{number}"] = self.trunk.norm(prefix[0])[:, 0]
         return {name: found[name] for name in names}
 
     def tap_names(self) -> tuple[str, ...]:
-        """Blocks and last norm under timm's names, class tokens after each block, and the pooled feature."""
+        """Blocks and last norm under timm's names, any class tokens after each block, and the pooled feature."""
         numbers = range(len(self.trunk.blocks))
-        return (*(f"blocks.{number}" for number in numbers), "norm", *(f"cls.{number}" for number in numbers), "pooled")
+        class_tokens = [f"cls.{number}" for number in numbers] if self.prefix else []
+        return (*(f"blocks.{number}" for number in numbers), "norm", *class_tokens, "pooled")
 
     def _through(self, tokens: Tensor) -> Tensor:
         """Blocks and last norm, for tokens (B, L, D) with positions."""
@@ -164,11 +174,11 @@ class ViT(Backbone):
         return normed
 
     def _pooled(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, self.prefix :].mean(dim=1)
 
     def _as_maps(self, tokens: Tensor, images: Tensor) -> Tensor:
         height, width = images.shape[2] // self.patch, images.shape[3] // self.patch
-        return tokens[:, 1:].mT.reshape(len(tokens), -1, height, width)  # (B, D, h, w)
+        return tokens[:, self.prefix :].mT.reshape(len(tokens), -1, height, width)  # (B, D, h, w)
 
     def _fits(self, images: Tensor) -> None:
         height, width = images.shape[2:]
@@ -179,7 +189,9 @@ class ViT(Backbone):
             )
 
 
-def vit_trunk(width: int, depth: int, heads: int, patch: int, image_size: int, drop_path: float) -> "Trunk":
+def vit_trunk(
+    width: int, depth: int, heads: int, patch: int, image_size: int, drop_path: float, *, class_token: bool = True
+) -> "Trunk":
     """A timm vision transformer without classifier, for images of any size that the patch divides."""
     from timm.models.vision_transformer import VisionTransformer as Trunk
 
@@ -191,6 +203,9 @@ def vit_trunk(width: int, depth: int, heads: int, patch: int, image_size: int, d
         num_heads=heads,
         drop_path_rate=drop_path,
         num_classes=0,
+        class_token=class_token,
+        global_pool="token" if class_token else "avg",
+        fc_norm=False,
         dynamic_img_size=True,
     )
 
@@ -200,26 +215,29 @@ def fix_positions_(trunk: "Trunk", first: Literal["row", "column"]) -> None:
     """Replace learned positions by sines and cosines that no gradient moves."""
     height, width = trunk.patch_embed.grid_size
     assert trunk.pos_embed is not None
-    trunk.pos_embed.copy_(sincos_positions(trunk.embed_dim, height, width, first=first, prefix=1))
+    trunk.pos_embed.copy_(sincos_positions(trunk.embed_dim, height, width, first=first, prefix=trunk.num_prefix_tokens))
     trunk.pos_embed.requires_grad_(False)
 
 
 @torch.no_grad()
-def init_(trunk: "Trunk", kind: Literal["normal", "mae", "mocov3"]) -> None:
+def init_(trunk: "Trunk", kind: Literal["normal", "mae", "mocov3", "ijepa"]) -> None:
     """Draw the initial weights of `Config.init`; timm has drawn those of `normal` but for the class token."""
-    if kind != "normal":
+    projection = trunk.patch_embed.proj
+    if kind == "ijepa":
+        nn.init.trunc_normal_(projection.weight, std=0.02)
+        nn.init.zeros_(projection.bias)
+    elif kind != "normal":
         for name, layer in trunk.named_modules():
             if isinstance(layer, nn.Linear):
                 wide_out, wide_in = layer.weight.shape
                 blocks = 3 if kind == "mocov3" and name.endswith("qkv") else 1
                 uniform_(layer, wide_in + wide_out // blocks)
-        projection = trunk.patch_embed.proj
         bias = projection.bias.clone()
         uniform_(projection, projection.weight[0].numel() + projection.weight.shape[0])
         if kind == "mae":  # the authors leave this bias as torch draws it
             projection.bias.copy_(bias)
-    assert trunk.cls_token is not None
-    nn.init.normal_(trunk.cls_token, std=1e-6 if kind == "mocov3" else 0.02)
+    if trunk.cls_token is not None:
+        nn.init.normal_(trunk.cls_token, std=1e-6 if kind == "mocov3" else 0.02)
 
 
 def uniform_(layer: nn.Linear | nn.Conv2d, fan: int) -> None:

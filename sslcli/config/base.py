@@ -27,6 +27,8 @@ class ViewNeeds:
     at_most: int | None = 2
     even: bool = False
     """Whether masks must hide the same number of patches in all images."""
+    blocks: bool = False
+    """Whether masks must come with target blocks."""
 
 
 class MethodConfig(Settings):

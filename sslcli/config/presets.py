@@ -10,7 +10,7 @@ from sslcli.config.data import AnySource, Data
 from sslcli.config.optim import AnyOptim
 from sslcli.config.schedule import AnySchedule, Cosine
 from sslcli.config.types import Count, Index, Operational, Positive
-from sslcli.config.views import AnyViews, Masked, ViewChange
+from sslcli.config.views import AnyViews, Masked, MultiBlockMask, ViewChange
 
 AnyMethod = Annotated[SerializeAsAny[MethodConfig], chosen_from("sslcli.methods")]
 AnyBackbone = Annotated[SerializeAsAny[BackboneConfig], chosen_from("sslcli.backbones")]
@@ -182,9 +182,13 @@ class PretrainPreset(Settings):
                 else f"{needs.at_least} to {needs.at_most}"
             )
             raise ValueError(f"method `{self.method.name}` needs {wanted} views of each image, `views` gives {count}")
-        if needs.even and isinstance(self.views, Masked) and self.views.masked is None:
+        if needs.even and isinstance(self.views, Masked) and not self.views.even:
             raise ValueError(
                 f"method `{self.method.name}` needs as many masked patches in every image: set `views.mask.exact: true`"
+            )
+        if needs.blocks and isinstance(self.views, Masked) and not isinstance(self.views.mask, MultiBlockMask):
+            raise ValueError(
+                f"method `{self.method.name}` needs masks with target blocks: set `views.mask.name: multiblock`"
             )
         if self.data.batch_size % self.run.accumulate:
             raise ValueError(

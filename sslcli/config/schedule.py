@@ -51,6 +51,9 @@ class _Schedule(Settings):
     """Whether the factor changes at every step or once per epoch."""
     warmup: Warmup | None = None
     """Warm-up before or during the decay."""
+    ahead: Index = 0
+    """Steps by which the rate, and the weight decay if it moves, runs ahead: 1 where the authors' schedule takes a step
+    before the first update (I-JEPA)."""
 
 
 class Constant(_Schedule):
@@ -128,6 +131,7 @@ def factor(schedule: AnySchedule, step: int, total: int, steps_per_epoch: int) -
     The warm-up's factor times the decay's: `decay(step)`, or `decay(step - warm-up)` with `subtract`. A run too short
     for its warm-up just ends inside it.
     """
+    step += schedule.ahead
     clock = _clock(schedule.by, step, steps_per_epoch)
     warmup = schedule.warmup
     if warmup is None:

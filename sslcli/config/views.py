@@ -4,7 +4,7 @@ The order is crop, flip, rotate, jitter, grey, blur, solarize, normalize; so two
 """
 
 from abc import ABC, abstractmethod
-from math import ceil
+from math import ceil, sqrt
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -355,7 +355,67 @@ class BlockMask(Settings):
         return self.patches if self.exact else None
 
 
-AnyMask = Annotated[RandomMask | GridMask | BlockMask, Field(discriminator="name")]
+def block_size(u: float, scale: Range, aspect: Range, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a block, in patches, as I-JEPA's code has them for one uniform number.
+
+    The same number sets the area and the ratio of height to width, so that larger blocks are taller. A block is lower
+    and narrower than the image, and has at least one patch.
+
+    Args:
+        u: in [0, 1).
+        scale: smallest and largest share of the image.
+        aspect: smallest and largest ratio.
+        height: rows of patches of the image.
+        width: columns of patches of the image.
+    """
+    share, ratio = (low + u * (high - low) for low, high in (scale, aspect))
+    area = int(height * width * share)
+    rows, columns = round(sqrt(area * ratio)), round(sqrt(area / ratio))
+    return max(min(rows, height - 1), 1), max(min(columns, width - 1), 1)
+
+
+class MultiBlockMask(Settings):
+    """Target blocks that are to be foreseen, and a context block without them, which is all that is shown (I-JEPA).
+
+    The authors draw the sizes of blocks once for every step, and cut all contexts of a GPU's batch to the smallest.
+    That an image's mask does not depend on the images beside it, sizes are drawn once for every epoch here, and the
+    length of a context is that of the smallest of `among` contexts of these sizes that no image has. Longer ones lose
+    their last patches, as in the authors' code, and shorter ones, about one in `among`, are drawn again.
+    """
+
+    name: Literal["multiblock"] = "multiblock"
+    targets: Count = 4
+    """How many target blocks an image has; they may overlap."""
+    target_scale: Range = (0.15, 0.2)
+    """Area of a target block as a share of the image."""
+    target_aspect: Range = (0.75, 1.5)
+    """Height over width of a target block."""
+    context_scale: Range = (0.85, 1.0)
+    """Area of the square context block as a share of the image, before it loses the targets."""
+    more_than: Index = 10
+    """A context with no more patches than this is drawn again; after each 20 failures it may overlap one target more.
+    Targets must be larger too."""
+    among: Count = 128
+    """How many images share the length of their contexts in the recipe: images per GPU."""
+
+    def count(self, size: int, patch: int) -> None:
+        """How many patches are hidden of a crop: as many of each, but it depends on the epoch."""
+
+    def fits(self, across: int) -> bool:
+        """Whether blocks of all sizes have enough of the across x across patches."""
+        looks = ((self.target_scale, self.target_aspect), (self.context_scale, (1.0, 1.0)))
+        sizes = [block_size(u / 1000, *look, across, across) for look in looks for u in range(1001)]
+        return across > 1 and min(rows * columns for rows, columns in sizes) > self.more_than
+
+    @model_validator(mode="after")
+    def _scales_are_shares(self) -> "MultiBlockMask":
+        for name, scale in (("target_scale", self.target_scale), ("context_scale", self.context_scale)):
+            if scale[1] > 1:
+                raise ValueError(f"`{name}` is a share of the image's patches, at most 1 (got {scale[1]})")
+        return self
+
+
+AnyMask = Annotated[RandomMask | GridMask | BlockMask | MultiBlockMask, Field(discriminator="name")]
 
 
 class SecondLook(Settings):
@@ -389,8 +449,13 @@ class Masked(ViewKind):
 
     @property
     def masked(self) -> int | None:
-        """How many patches are hidden of every image; None where that differs."""
+        """How many patches are hidden of every image; None where that differs, or depends on the epoch."""
         return self.mask.count(self.crop.size, self.patch)
+
+    @property
+    def even(self) -> bool:
+        """Whether as many patches are hidden of all images of a batch."""
+        return self.masked is not None or isinstance(self.mask, MultiBlockMask)
 
     @property
     def eval_view(self) -> EvalView:
@@ -410,6 +475,8 @@ class Masked(ViewKind):
                 "least": max(1, int(self.mask.least * share)),
                 "most": None,
             }
+        if isinstance(self.mask, MultiBlockMask):
+            changes = {"more_than": int(self.mask.more_than * (size / self.crop.size) ** 2)}
         target = self.target
         if target is not None:
             target = target.model_copy(update={"size": max(1, target.size * size // self.crop.size)})
@@ -435,6 +502,11 @@ class Masked(ViewKind):
         if isinstance(mask, BlockMask) and mask.patches >= (size // patch) ** 2:
             raise ValueError(
                 f"`mask.patches` must be less than the {(size // patch) ** 2} patches of an image (got {mask.patches})"
+            )
+        if isinstance(mask, MultiBlockMask) and not mask.fits(size // patch):
+            raise ValueError(
+                f"of {(size // patch) ** 2} patches, some target or context has no more than `mask.more_than` "
+                f"{mask.more_than}: lower it, or raise `mask.target_scale` and `mask.context_scale`"
             )
         return self
 

@@ -79,6 +79,7 @@ class Feed:
             labels=None if host.labels is None else host.labels.to(self._device, non_blocking=True),
             masks=seen.masks,
             masked=seen.masked,
+            blocks=seen.blocks,
             targets=[target.contiguous(memory_format=self._format) for target in seen.targets],
         )
 
@@ -94,7 +95,7 @@ class Feed:
         while isinstance(coming, Batch):
             now = torch.cuda.current_stream(self._device)
             now.wait_stream(copies)  # type: ignore[arg-type]
-            for tensor in (*coming.views, *coming.targets, coming.index, coming.labels, coming.masks):
+            for tensor in (*coming.views, *coming.targets, coming.index, coming.labels, coming.masks, coming.blocks):
                 if tensor is not None:
                     tensor.record_stream(now)
             ready, coming = coming, prepared()
@@ -105,7 +106,8 @@ def traced(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
     """Note which images and views went into every step, in the file that `SSL_TRACE` names with the rank added."""
     with open(f"{os.environ['SSL_TRACE']}.{dist.rank()}", "a", encoding="utf-8") as file:
         for batch in batches:
-            seen = [*batch.views, *batch.targets, *([] if batch.masks is None else [batch.masks])]
+            hidden = [tensor for tensor in (batch.masks, batch.blocks) if tensor is not None]
+            seen = [*batch.views, *batch.targets, *hidden]
             views = [tensor.contiguous().cpu().numpy() for tensor in seen]
             sums = [zlib.crc32(b"".join(view[row].tobytes() for view in views)) for row in range(len(batch.index))]
             note = {"step": step, "pid": os.getpid(), "index": batch.index.tolist(), "views": sums}

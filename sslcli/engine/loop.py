@@ -120,7 +120,8 @@ def step(training: Training, batch: Batch, at: Progress, preset: Recipe) -> tupl
     method, optimizer, scaler = training.method, training.optimizer, training.scaler
     lr = optim.set_lr(optimizer, training.lr, factor(preset.schedule, at.step, at.total, at.steps_per_epoch))
     if preset.optim.weight_decay_end is not None:
-        optim.set_weight_decay(optimizer, preset.optim.weight_decay, preset.optim.weight_decay_end, at.fraction)
+        done = (at.step + preset.schedule.ahead) / at.total
+        optim.set_weight_decay(optimizer, preset.optim.weight_decay, preset.optim.weight_decay_end, done)
     result = accumulate(training, batch, at, preset)
     method.before_update(at)
     norm = clip(training, preset.run.clip, each=preset.run.clip_each)
@@ -170,6 +171,7 @@ def slices(batch: Batch, parts: int) -> Iterator[Batch]:
             labels=None if batch.labels is None else batch.labels[cut],
             masks=None if batch.masks is None else batch.masks[cut],
             masked=batch.masked,
+            blocks=None if batch.blocks is None else batch.blocks[cut],
             targets=[target[cut] for target in batch.targets],
         )
 

@@ -120,10 +120,10 @@ class CAE(Method[Config]):
             hidden: (B, M) int64, numbers of the hidden ones.
         """
         fits(masks, self.backbone.grid**2)
-        seen = self.adapter(self.backbone.visible_tokens(images, visible)[:, 1:])
+        seen = self.adapter(self.backbone.visible_tokens(images, visible)[:, self.backbone.prefix :])
         with torch.no_grad():
             encoder = self.slow_backbone or self.backbone
-            true = self.adapter(encoder.visible_tokens(images, hidden)[:, 1:])
+            true = self.adapter(encoder.visible_tokens(images, hidden)[:, encoder.prefix :])
         places = self.positions.to(seen.dtype)
         asked = self.mask_token.to(seen.dtype).expand(*hidden.shape, -1)
         foreseen = self.regressor(asked, seen, places[hidden], places[visible])

@@ -59,8 +59,10 @@ class MAE(Method[Config]):
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(xavier_)
         nn.init.normal_(self.mask_token, std=0.02)
-        positions = sincos_positions(cfg.width, backbone.grid, backbone.grid, first=cfg.positions_first, prefix=1)
-        self.register_buffer("decoder_pos_embed", positions.unsqueeze(0))  # (1, 1 + N, D)
+        positions = sincos_positions(
+            cfg.width, backbone.grid, backbone.grid, first=cfg.positions_first, prefix=backbone.prefix
+        )
+        self.register_buffer("decoder_pos_embed", positions.unsqueeze(0))  # (1, prefix + N, D)
 
     def forward(self, batch: Batch, at: Progress) -> StepResult:
         """Mean squared error of the masked patches."""
@@ -79,12 +81,14 @@ class MAE(Method[Config]):
         """
         fits(masks, self.backbone.grid**2)
         seen, unseen = visible_and_masked(masks, masked)  # (B, N - M), (B, M)
-        cls, tokens = self.decoder_embed(self.backbone.visible_tokens(images, seen)).split([1, seen.shape[1]], dim=1)
+        prefix = self.backbone.prefix
+        embedded = self.decoder_embed(self.backbone.visible_tokens(images, seen))
+        cls, tokens = embedded.split([prefix, seen.shape[1]], dim=1)
         hidden = self.mask_token.to(tokens.dtype).expand(*unseen.shape, -1)
         places = torch.cat([seen, unseen], dim=1).argsort(dim=1)  # (B, N), where each patch stands below
         full = torch.cat([tokens, hidden], dim=1).gather(1, places.unsqueeze(2).expand(-1, -1, self.cfg.width))
-        x = torch.cat([cls, full], dim=1) + self.decoder_pos_embed  # (B, 1 + N, D)
-        painted: Tensor = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+        x = torch.cat([cls, full], dim=1) + self.decoder_pos_embed  # (B, prefix + N, D)
+        painted: Tensor = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, prefix:]
         return painted
 
     def reconstruction(self, images: Tensor, masks: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class Seen(NamedTuple):
     """Further renderings of the images for target networks, each (B, 3, h, w) float32."""
     masked: int | None = None
     """How many patches are masked of every image, where that is known to be the same number."""
+    blocks: Tensor | None = None
+    """(B, T, M) int64, numbers of the patches of T target blocks, where masks come with such."""
 
 
 class Views(Protocol):

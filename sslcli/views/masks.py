@@ -5,17 +5,22 @@ on the run's seed, the epoch and the image's index, never on which images share 
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sslcli.config.views import AnyMask, BlockMask, GridMask, RandomMask
+from sslcli.config.views import AnyMask, BlockMask, GridMask, MultiBlockMask, RandomMask, block_size
 from sslcli.seeds import seed_of, uniform
 from sslcli.views.params import Bools, Ints
 
 ATTEMPTS = 10
 """Tries at placing a block before it is given up."""
+RELAXED_AFTER = 20
+"""Tries at placing a context block before it may overlap one target more."""
 
 
 def draw_masks(cfg: AnyMask, seed: int, epoch: int, index: Ints, side: int, patch: int) -> Bools:
@@ -51,6 +56,131 @@ def draw_masks(cfg: AnyMask, seed: int, epoch: int, index: Ints, side: int, patc
                 for image in index
             ]
             return np.stack(drawn).reshape(len(index), -1)
+        case MultiBlockMask():
+            return draw_blocks(cfg, seed, epoch, index, across)[0]
+
+
+class BlockSizes(NamedTuple):
+    """What the masks of all images have in common in an epoch, in patches."""
+
+    target: tuple[int, int]
+    """Rows and columns of a target block."""
+    context: tuple[int, int]
+    """Rows and columns of a context block."""
+    visible: int
+    """How many patches are left of the context."""
+
+
+def draw_blocks(cfg: MultiBlockMask, seed: int, epoch: int, index: Ints, across: int) -> tuple[Bools, Ints]:
+    """Masks (B, N), True where a patch is no part of the context, and the patches (B, T, M) of the target blocks.
+
+    Args:
+        cfg: sizes and numbers of blocks.
+        seed: of the run's views.
+        epoch: counted from 0.
+        index: (B,), numbers of the images in their source.
+        across: patches along a side of the image.
+    """
+    sizes = block_sizes(cfg, seed, epoch, across)
+    masks, targets = [], []
+    for image in index:
+        draw = Random(seed_of(seed, "views", epoch, "mask", int(image)))
+        visible, blocks = _context_and_targets(cfg, draw, across, sizes)
+        while len(visible) < sizes.visible:
+            visible, blocks = _context_and_targets(cfg, draw, across, sizes)
+        mask = np.ones(across**2, dtype=np.bool_)
+        mask[visible[: sizes.visible]] = False
+        masks.append(mask)
+        targets.append(np.nonzero(blocks.reshape(cfg.targets, -1))[1].reshape(cfg.targets, -1))
+    return np.stack(masks), np.stack(targets)
+
+
+@lru_cache(maxsize=8)
+def block_sizes(cfg: MultiBlockMask, seed: int, epoch: int, across: int) -> BlockSizes:
+    """The sizes of an epoch: the context's length is the smallest of `cfg.among` contexts that belong to no image."""
+    draw = Random(seed_of(seed, "views", epoch, "block sizes"))
+    target = block_size(draw.random(), cfg.target_scale, cfg.target_aspect, across, across)
+    context = block_size(draw.random(), cfg.context_scale, (1.0, 1.0), across, across)
+    sizes = BlockSizes(target, context, 0)
+    lengths = [len(_context_and_targets(cfg, draw, across, sizes)[0]) for _ in range(cfg.among)]
+    return sizes._replace(visible=min(lengths))
+
+
+def _context_and_targets(cfg: MultiBlockMask, draw: Random, across: int, sizes: BlockSizes) -> tuple[Ints, Bools]:
+    """Numbers (K,) of the patches of one context, and the target blocks (T, across, across)."""
+    contexts, targets = multiblock_masks(
+        draw.randrange,
+        across,
+        across,
+        target=sizes.target,
+        context=sizes.context,
+        targets=cfg.targets,
+        more_than=cfg.more_than,
+    )
+    return np.flatnonzero(contexts[0]), targets
+
+
+def multiblock_masks(
+    below: Callable[[int], int],
+    height: int,
+    width: int,
+    *,
+    target: tuple[int, int],
+    context: tuple[int, int],
+    targets: int,
+    contexts: int = 1,
+    more_than: int,
+    overlap: bool = False,
+) -> tuple[Bools, Bools]:
+    """Contexts (E, height, width) and target blocks (T, height, width) of one image (Assran et al. 2023, section 3).
+
+    As in the authors' code, blocks touch neither the last row nor the last column by their own choice: a corner is
+    drawn from one place less than there is. A context that has too few patches outside the targets is drawn again, and
+    after every 20 failures the last of the targets that it must avoid is forgotten.
+
+    Args:
+        below: `below(n)` draws an integer from 0 to n - 1; asked for rows, then columns, targets first.
+        height: rows of patches.
+        width: columns of patches.
+        target: rows and columns of a target block, less than the image's.
+        context: rows and columns of a context block, less than the image's.
+        targets: T.
+        contexts: E.
+        more_than: what has no more patches is no context.
+        overlap: whether contexts keep the patches that they share with targets.
+
+    Raises:
+        ValueError: blocks of this size never have enough patches.
+    """
+    if min(math.prod(target), math.prod(context)) <= more_than:
+        raise ValueError(f"blocks of {target} and {context} patches never have more than {more_than}")
+    blocks = [_placed(below, height, width, target) for _ in range(targets)]
+    free = [] if overlap else [~block for block in blocks]
+    found = [_context(below, height, width, context, free, more_than) for _ in range(contexts)]
+    return np.stack(found), np.stack(blocks)
+
+
+def _placed(below: Callable[[int], int], height: int, width: int, size: tuple[int, int]) -> Bools:
+    """A block somewhere in the image."""
+    rows, columns = size
+    top, left = below(height - rows), below(width - columns)
+    block = np.zeros((height, width), dtype=np.bool_)
+    block[top : top + rows, left : left + columns] = True
+    return block
+
+
+def _context(
+    below: Callable[[int], int], height: int, width: int, size: tuple[int, int], free: list[Bools], more_than: int
+) -> Bools:
+    """A block without what is not free, with more than so many patches."""
+    failures = 0
+    while True:
+        block = _placed(below, height, width, size)
+        for region in free[: max(len(free) - failures // RELAXED_AFTER, 0)]:
+            block &= region
+        if block.sum() > more_than:
+            return block
+        failures += 1
 
 
 def ranks(noise: npt.NDArray[np.floating]) -> Ints:

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepcluster": {"clusters": 8, "components": 4},
     "densecl": {"queue": 64},
     "dino": {"prototypes": 32, "hidden": 32, "bottleneck": 16},
+    "ijepa": {"width": 16, "depth": 1, "heads": 2},
     "interclr": {"queue": 64, "clusters": 4, "min_cluster": 2, "negatives": 16, "pool": 32},
     "mae": {"width": 16, "depth": 1, "heads": 2},
     "maskfeat": {"cell": 4},
@@ -41,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 PATCH = 4
 VIT = {"name": "vit", "width": 16, "depth": 2, "heads": 2, "patch": PATCH, "image_size": 32}
-BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
+BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "ijepa": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
 SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
 
 IMAGES, BATCH, SIZE = 64, 8, 32
@@ -78,7 +79,10 @@ def masked(needs: ViewNeeds, images: Tensor, generator: torch.Generator) -> Batc
     patches = (SIZE // PATCH) ** 2
     masks = torch.rand(len(images), patches, generator=generator).argsort(dim=1) >= patches // 4
     target = torch.nn.functional.interpolate(images, scale_factor=0.5).sigmoid()  # values in [0, 1]
-    return Batch([images], torch.arange(len(images)), masks=masks, masked=patches * 3 // 4, targets=[target])
+    blocks = torch.rand(len(images), 2, patches, generator=generator).argsort(dim=2)[:, :, :5] if needs.blocks else None
+    return Batch(
+        [images], torch.arange(len(images)), masks=masks, masked=patches * 3 // 4, blocks=blocks, targets=[target]
+    )
 
 
 KINDS: dict[str, Callable[[ViewNeeds, Tensor, torch.Generator], Batch]] = {
@@ -100,6 +104,7 @@ def batch_of(method: Method[Any], step: int) -> Batch:
         index=whole.index.chunk(world)[rank],
         masks=None if whole.masks is None else whole.masks.chunk(world)[rank],
         masked=whole.masked,
+        blocks=None if whole.blocks is None else whole.blocks.chunk(world)[rank],
         targets=[target.chunk(world)[rank] for target in whole.targets],
     )
 

@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "barlowtwins": {"dim": 12, "hidden": 16},
     "byol": {"dim": 8, "hidden": 16},
     "cae": {"target": "pixels", "heads": 2, "regressor_depth": 1, "decoder_depth": 1, "aligned_with": "previous"},
+    "ijepa": {"width": 16, "depth": 1, "heads": 2},
     "mae": {"width": 16, "depth": 1, "heads": 2},
     "maskfeat": {"cell": 4},
     "mocov3": {"dim": 8, "hidden": 16},
@@ -30,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vicreg": {"dim": 12, "hidden": 16},
 }
 VIT = {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4, "image_size": 16}
-BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
+BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "ijepa": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
 SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
 BATCH = 16
 STEPS = 3
@@ -54,7 +55,9 @@ def batch_of(method: Method[Any], generator: torch.Generator) -> Batch:
     count, kind = method.cfg.views.at_least, method.cfg.views.kind
     views = torch.randn(count, BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
     masks = torch.rand(BATCH, 16, generator=generator).argsort(dim=1) >= 4 if kind == "masked" else None
-    return Batch(views=list(views), index=torch.arange(BATCH), masks=masks)
+    needs_blocks = method.cfg.views.blocks
+    blocks = torch.rand(BATCH, 2, 16, generator=generator).argsort(dim=2)[:, :, :5] if needs_blocks else None
+    return Batch(views=list(views), index=torch.arange(BATCH), masks=masks, blocks=blocks)
 
 
 def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -70,7 +73,8 @@ def trained(name: str) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         share = BATCH // dist.world()
         mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
         masks = None if whole.masks is None else whole.masks[mine]
-        batch = Batch(views=[view[mine] for view in whole.views], index=whole.index[mine], masks=masks)
+        blocks = None if whole.blocks is None else whole.blocks[mine]
+        batch = Batch([view[mine] for view in whole.views], whole.index[mine], masks=masks, blocks=blocks)
         at = Progress(step=step, total=8, steps_per_epoch=4, seed=0)
         optimizer.zero_grad()
         result = wrapped(batch, at)

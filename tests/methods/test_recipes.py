@@ -328,3 +328,29 @@ def test_interclr():
     assert preset.schedule == preset_of("mocov2-r50-200e").schedule
     said(preset.run, epochs=200, batch_norm=32)
     assert preset.data.batch_size == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patch", "depth", "heads", "epochs", "warmup"),
+    [
+        ("ijepa-vith14-300e", "huge", 14, 12, 16, 300, {"epochs": 40, "start": 0.2}),
+        ("ijepa-vitb16-600e", "base", 16, 6, 12, 600, {"epochs": 15, "start": 0.1}),
+    ],
+)
+def test_ijepa(name, size, patch, depth, heads, epochs, warmup):
+    preset = preset_of(name)
+    said(preset.method, name="ijepa", width=384, depth=depth, heads=heads, momentum=0.996)
+    said(preset.views.crop, size=224, scale=[0.3, 1.0], interpolation="bilinear", flip=0.0, jitter=None, grey=0.0)
+    said(preset.views.mask, name="multiblock", targets=4, target_scale=[0.15, 0.2], target_aspect=[0.75, 1.5])
+    said(preset.views.mask, context_scale=[0.85, 1.0], more_than=10, among=128)
+    assert preset.views.patch == patch
+    said(preset.backbone, size=size, patch=patch, class_token=False, init="ijepa", pool="mean", drop_path=0.0)
+    said(preset.backbone, positions="sincos", sincos_first="column")
+    said(preset.optim, name="adamw", lr=1e-3, per=None, betas=[0.9, 0.999], weight_decay=0.04, weight_decay_end=0.4)
+    (rule,) = preset.optim.rules
+    said(rule, one_dim=True, weight_decay=0.0)
+    said(preset.schedule, name="cosine", by="step", end=1e-3, ahead=1)
+    assert preset.schedule.warmup is not None
+    said(preset.schedule.warmup, shape="linear", by="step", subtract=True, **warmup)
+    said(preset.run, epochs=epochs, clip=None, precision="bf16")
+    assert preset.data.batch_size == 2048

@@ -13,6 +13,7 @@ from sslcli.config.views import (
     GridMask,
     Jitter,
     Masked,
+    MultiBlockMask,
     Patches,
     Rotations,
     SecondLook,
@@ -33,6 +34,7 @@ KINDS = {
         mask=BlockMask(patches=18, least=4, exact=True),
         target=SecondLook(size=24),
     ),
+    "masked, blocks": Masked(crop=CropGroup(size=48), patch=4, mask=MultiBlockMask(among=16)),
 }
 every_kind = pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS.keys())
 
@@ -106,7 +108,7 @@ def test_a_miniature_is_of_the_same_kind_and_small(cfg):
     assert small.eval_view.size <= 32
 
 
-@pytest.mark.parametrize("name", ["masked", "masked, grid", "masked, target"])
+@pytest.mark.parametrize("name", ["masked", "masked, grid", "masked, target", "masked, blocks"])
 def test_masks_and_targets_belong_to_the_image(photos, name):
     cfg = KINDS[name]
     views, images, index = build(cfg, 4), photos(6, 120, 140), np.arange(6)
@@ -118,6 +120,11 @@ def test_masks_and_targets_belong_to_the_image(photos, name):
     assert whole.masks.shape == (6, (48 // cfg.patch) ** 2)
     assert whole.masks.dtype == torch.bool
     assert whole.masks.sum(dim=1).tolist() == [whole.masked] * 6
+    assert (whole.blocks is not None) == (name == "masked, blocks")
+    if whole.blocks is not None:
+        assert torch.equal(part.blocks, whole.blocks[2:])
+        assert torch.equal(slow.blocks, whole.blocks)
+        assert whole.masks.gather(1, whole.blocks.flatten(1)).all()
     assert len(whole.targets) == len(slow.targets) == (cfg.target is not None)
     for target, slowly in zip(whole.targets, slow.targets, strict=True):
         assert target.shape == (6, 3, 24, 24)

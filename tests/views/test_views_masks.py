@@ -5,9 +5,19 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 
-from sslcli.config.views import BlockMask, GridMask, RandomMask
-from sslcli.views.masks import block_mask, draw_masks, grid_masks, random_masks, ranks
+from sslcli.config.views import BlockMask, GridMask, MultiBlockMask, RandomMask, block_size
+from sslcli.views.masks import (
+    block_mask,
+    block_sizes,
+    draw_blocks,
+    draw_masks,
+    grid_masks,
+    multiblock_masks,
+    random_masks,
+    ranks,
+)
 
 MAE = [f"random_masking_{name}" for name in (
     "n1_l16_r000", "n2_l10_r075", "n2_l16_r075", "n2_l100_r090_fpfloor", "n3_l49_r060", "n4_l196_r075",
@@ -121,3 +131,108 @@ def test_how_many_are_hidden_and_where():
     np.testing.assert_allclose(cells[:, :, 0, :, 0].mean(axis=0), 22 / 36, atol=0.05)
     assert set(draw_masks(BlockMask(exact=True), 0, 0, np.arange(50), 224, 16).sum(axis=1)) == {75}
     assert max(draw_masks(BlockMask(), 0, 0, np.arange(50), 224, 16).sum(axis=1)) == 75
+
+
+IJEPA = {
+    "patch_size": 16, "enc_mask_scale": (0.2, 0.8), "pred_mask_scale": (0.2, 0.8), "aspect_ratio": (0.3, 3.0),
+    "nenc": 1, "npred": 2, "min_keep": 4, "allow_overlap": False,
+}  # fmt: skip
+"""What the authors' sampler assumes where nothing else is said."""
+
+
+def theirs(words, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts and targets of the next image at a step, from torch's numbers as the authors draw them."""
+    height, width = (side // words["patch_size"] for side in words["input_size"])
+    generator = torch.Generator().manual_seed(step)
+    u, v = (torch.rand(1, generator=generator).item() for _ in range(2))
+    return multiblock_masks(
+        lambda end: int(torch.randint(0, end, (1,))),
+        height,
+        width,
+        target=block_size(u, words["pred_mask_scale"], words["aspect_ratio"], height, width),
+        context=block_size(v, words["enc_mask_scale"], (1.0, 1.0), height, width),
+        targets=words["npred"],
+        contexts=words["nenc"],
+        more_than=words["min_keep"],
+        overlap=words["allow_overlap"],
+    )
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["default16", "small", "vith14"])
+def test_block_sizes_are_ijepas(golden, name):
+    case = np.load(golden / "ijepa" / f"block_size_table_{name}.npz")
+    words = {**IJEPA, **json.loads(str(case["meta"]))}
+    height, width = (side // words["patch_size"] for side in words["input_size"])
+    for u, *sizes in case["table"].tolist():
+        target = block_size(u, words["pred_mask_scale"], words["aspect_ratio"], height, width)
+        assert [*target, *block_size(u, words["enc_mask_scale"], (1.0, 1.0), height, width)] == sizes
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["nonsq", "overlap_small", "vit16_default", "vith14"])
+def test_contexts_and_targets_are_ijepas(golden, name):
+    """Patch by patch for their seed; their contexts are cut to the smallest of the batch."""
+    case = np.load(golden / "ijepa" / f"multiblock_masks_{name}.npz")
+    words = {**IJEPA, **json.loads(str(case["meta"]))}
+    torch.manual_seed(int(case["global_seed"]))
+    for step in range(int(case["steps"])):
+        drawn = [theirs(words, step) for _ in range(int(case["batch"]))]
+        least = min(int(context.sum()) for contexts, _ in drawn for context in contexts)
+        for image, (contexts, targets) in enumerate(drawn):
+            found = [np.flatnonzero(context)[:least] for context in contexts]
+            np.testing.assert_array_equal(found, case[f"enc{step}"][:, image])
+            np.testing.assert_array_equal([np.flatnonzero(target) for target in targets], case[f"pred{step}"][:, image])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("name", "seed"), [("vith14", 0), ("default16", 1), ("overlap", 2)])
+def test_contexts_and_targets_lie_where_ijepas_do(golden, name, seed):
+    """One image in each of many steps."""
+    case = np.load(golden / "ijepa" / f"multiblock_stats_{name}.npz")
+    words = {**IJEPA, **json.loads(str(case["meta"]))}
+    torch.manual_seed(seed)
+    drawn = [theirs(words, step) for step in range(int(case["n"]))]
+    contexts, targets = (np.stack([part[number] for part in drawn]) for number in (0, 1))  # (n, E or T, h, w)
+    np.testing.assert_array_equal(contexts[:, 0].sum(axis=(1, 2)), case["context_sizes"])
+    np.testing.assert_allclose(contexts.mean(axis=(0, 1)), case["context_freq"], atol=1e-9)
+    np.testing.assert_allclose(targets.mean(axis=(0, 1)), case["target_freq"], atol=1e-9)
+    assert (contexts[:, 0] & targets.any(axis=1)).sum() == case["overlap_total"]
+
+
+BLOCKS_14 = MultiBlockMask()
+
+
+def test_blocks_are_a_function_of_seed_epoch_and_image():
+    masks, blocks = draw_blocks(BLOCKS_14, 7, 2, np.arange(30), 14)
+    for image in (0, 29):
+        for found, wanted in zip(draw_blocks(BLOCKS_14, 7, 2, np.array([image]), 14), (masks, blocks), strict=True):
+            np.testing.assert_array_equal(found[0], wanted[image])
+    np.testing.assert_array_equal(draw_masks(BLOCKS_14, 7, 2, np.arange(30)[::-1], 224, 16), masks[::-1])
+    for others in (draw_blocks(BLOCKS_14, 8, 2, np.arange(30), 14), draw_blocks(BLOCKS_14, 7, 3, np.arange(30), 14)):
+        assert not any(np.array_equal(one, other) for one, other in zip(masks, others[0], strict=True))
+
+
+def test_blocks_of_an_epoch_are_equally_large_and_contexts_lack_targets():
+    seen = set()
+    for epoch in range(12):
+        sizes = block_sizes(BLOCKS_14, 0, epoch, 14)
+        masks, blocks = draw_blocks(BLOCKS_14, 0, epoch, np.arange(20), 14)
+        assert set((~masks).sum(axis=1)) == {sizes.visible}
+        assert blocks.shape == (20, 4, sizes.target[0] * sizes.target[1])
+        assert np.take_along_axis(masks, blocks.reshape(20, -1), axis=1).all()
+        seen.add(sizes.target)
+    assert len(seen) > 2  # another size in another epoch
+
+
+def test_contexts_are_as_long_as_the_smallest_of_a_batch():
+    """About as many images have shorter contexts, and are drawn again, as `among` says; few are cut a lot."""
+    one, many = MultiBlockMask(among=4), MultiBlockMask(among=128)
+    lengths = [[block_sizes(cfg, 0, epoch, 14).visible for epoch in range(12)] for cfg in (one, many)]
+    assert sum(lengths[0]) > sum(lengths[1])
+    assert all(few >= much > 10 for few, much in zip(*lengths, strict=True))
+
+
+def test_blocks_that_are_never_large_enough_are_refused():
+    with pytest.raises(ValueError, match="never have more than 9"):
+        multiblock_masks(Random(0).randrange, 8, 8, target=(3, 3), context=(7, 7), targets=1, more_than=9)
