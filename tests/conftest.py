@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,9 +64,20 @@ def small_data() -> Path:
     return found
 
 
+@pytest.fixture
+def tiny_run(_tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished SimCLR run of four steps on 64 coloured digits, with checkpoints after each two.
+
+    Every test has its own: what one leaves there (features that are kept, reports) must not be another's.
+    """
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    shutil.copytree(_tiny_run, folder, symlinks=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished SimCLR run of four steps on 64 coloured digits, with checkpoints after each two."""
+def _tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tiny_run` is a copy of."""
     from sslcli.config.load import load
     from sslcli.engine.pretrain import pretrain
 

@@ -74,6 +74,16 @@ def test_reports_go_along_and_are_repeated(run: Path):
         assert f"| knn-v1 | {metric} | {value:.2f} % |" in text
 
 
+def test_an_evaluation_that_trains_is_not_repeated_and_nothing_is_written(run: Path):
+    words = ("-o", "evaluator.epochs=1", "-o", "evaluator.batch_size=32")
+    ran("eval", "linear", run, "--preset", "linear-moco-v1", *words)
+    (report,) = (run / "reports").glob("linear-moco-v1*.json")
+    with pytest.raises(UserError, match="trains a classifier") as caught:
+        ran("publish", run, "--out", "out", "--verify", report.stem)
+    assert "--verify knn-v1" in str(caught.value.hint)
+    assert not Path("out").exists()
+
+
 def test_reports_on_other_weights_stay_behind(run: Path):
     ran("eval", "knn", run)
     older = checkpoint.all_in(run)[0]

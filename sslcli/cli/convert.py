@@ -154,7 +154,7 @@ def _writer(target: str) -> "Writer":
     known = targets()
     if target not in known:
         raise UserError(
-            none_such(target, known),
+            none_such(target, (OURS, *known)),
             hint="\n".join(["there is", *(f"  {name}: {title(DIALECTS / f'{name}.py')}" for name in known)]),
         )
     made: Any = vars(choice.module("sslcli.convert", target))["write"]

@@ -38,7 +38,10 @@ def count(
         from sslcli.config.load import load
 
         cost = cost_of(*_sized(load("pretrain", what, override or ()).preset, images))
-        return _tell(what, cost, as_json)
+        _tell(cost, as_json)
+        if not as_json:
+            print(f"next: ssl pretrain --preset {what} --data DIR --dry-run", file=sys.stderr)
+        return
     if override:
         raise UserError(
             f"`{what}` is what it is: `-o` changes presets only", hint="name the preset, or `RUN/preset.yaml`"
@@ -49,13 +52,13 @@ def count(
     manifest = weights.manifest
     if manifest.preset is not None:
         known = IMAGENET if manifest.source is None else manifest.source.images
-        return _tell(what, cost_of(weights.preset(), images or known), as_json)
+        _tell(cost_of(weights.preset(), images or known), as_json)
+        return
     part, view = backbone_cost(manifest.backbone, manifest.view.size)
     if as_json:
         print(json.dumps({"parts": [asdict(part)], "views": [asdict(view)]}, indent=2))
     else:
         print(_table(("part", "parameters"), [(part.name, _grouped(part.parameters))]) + "\n" + _view(view))
-    return None
 
 
 def _sized(preset: "PretrainPreset", images: int | None) -> tuple["PretrainPreset", int]:
@@ -74,7 +77,7 @@ def _sized(preset: "PretrainPreset", images: int | None) -> tuple["PretrainPrese
         return preset, IMAGENET
 
 
-def _tell(what: str, cost: "Cost", as_json: bool) -> None:
+def _tell(cost: "Cost", as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(cost), indent=2))
         return
@@ -99,7 +102,6 @@ def _tell(what: str, cost: "Cost", as_json: bool) -> None:
         f"memory          {_bytes(sum(memory.values()))} before activations: "
         + ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
     )
-    print(f"next: ssl pretrain --preset {what} --data DIR --dry-run", file=sys.stderr)
 
 
 def _row(part: "Part") -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """ssl eval: what is it worth?"""
 
 import json
+import shlex
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +85,8 @@ def command(evaluator: str) -> Callable[..., None]:
             print(note, file=sys.stderr)
         for warning in outcome.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        print(f"report: {report}\nnext: {_next(evaluator, target)}", file=sys.stderr)
+        said = {"data": data, "train": train, "test": test, "part": part}
+        print(f"report: {report}\nnext: {_next(evaluator, target, said)}", file=sys.stderr)
 
     judge.__doc__ = title(EVALUATORS / f"{evaluator}.py")
     return judge
@@ -242,7 +244,8 @@ def _is_table(path: Path) -> bool:
         return {"meta.npy", "index.npy"} <= set(archive.namelist())
 
 
-def _next(evaluator: str, target: Path) -> str:
-    if evaluator == "knn":
-        return f"ssl eval linear-cached {target}"
+def _next(evaluator: str, target: Path, said: Mapping[str, object]) -> str:
+    if evaluator == "knn":  # on the same images: the weights may know none, or none with labels
+        options = [f"--{name} {shlex.quote(str(value))}" for name, value in said.items() if value is not None]
+        return " ".join(["ssl eval linear-cached", shlex.quote(str(target)), *options])
     return f"ssl runs show {target}" if target.is_dir() else f"ssl features {target} --data DIR --out FILE.npz"

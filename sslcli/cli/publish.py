@@ -96,9 +96,10 @@ def _protocol(weights: "Weights", results: "Sequence[Result]", name: str) -> "Pr
     """The protocol of a report on these weights, with its settings, seed and images.
 
     Raises:
-        UserError: there is no such report, or it does not say which images it is of.
+        UserError: there is no such report, it does not say which images it is of, or it comes from training.
     """
     from sslcli.config.load import load
+    from sslcli.config.supervised import TrainedConfig
     from sslcli.evaluate._job import Protocol
 
     known = {result.protocol: result for result in results}
@@ -113,9 +114,15 @@ def _protocol(weights: "Weights", results: "Sequence[Result]", name: str) -> "Pr
             hint="make it from images: `ssl eval … --data DIR`",
         )
     base = name.partition("@")[0]
+    frozen = load("eval", base).preset
+    if isinstance(frozen.evaluator, TrainedConfig):
+        raise UserError(
+            f"`--verify {name}`: this evaluation trains a classifier, and only those of stored features are repeated",
+            hint="verify with one of those, e.g. `--verify knn-v1`; what is published holds the same numbers anyhow",
+        )
     said: dict[str, Any] = {**sources, "evaluator": details["settings"], "seed": details["seed"]}
     flags = {key: (value, "the report") for key, value in said.items()}
-    return Protocol(base, load("eval", base).preset, load("eval", base, (), flags).preset)
+    return Protocol(base, frozen, load("eval", base, (), flags).preset)
 
 
 def _verified(file: Path, protocol: "Protocol", known: Mapping[str, float]) -> float:

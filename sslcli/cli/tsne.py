@@ -75,4 +75,6 @@ def tsne(
         names, pictures = [source.name(i) for i in index], [source.read(i) for i in index]
         scatter.page(points, table.labels, table.meta.classes, names, pictures, title, out)
     print(out)
-    print(f"next: {'open it in a browser' if out.suffix == '.html' else f'ssl eval knn {target}'}", file=sys.stderr)
+    images_of = " --train DIR --test DIR" if weights.manifest.preset is None else ""
+    judge = f"ssl eval knn {target}{images_of}"
+    print(f"next: {'open it in a browser' if out.suffix == '.html' else judge}", file=sys.stderr)

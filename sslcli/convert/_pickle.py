@@ -86,8 +86,10 @@ def read(file: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
         return _run(file, {} if storages is None else storages)
     except Unreadable:
         raise
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError, EOFError) as error:
+    except (ValueError, OverflowError) as error:
         raise Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    except (KeyError, IndexError, TypeError, AttributeError, MemoryError, EOFError) as error:
+        raise Unreadable("it makes no sense as a pickle") from error  # what such errors say means nothing to a reader
 
 
 def _run(file: IO[bytes], storages: dict[str, Storage]) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,10 +38,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
-    except OSError as error:
-        raise SslError(
-            f"cannot write `{path}`: {error.strerror or error}", hint="free some space or name another place"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SslError(f"cannot write `{path}`: {reason}", hint="free some space or name another place") from error
     finally:
         with suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()

@@ -183,13 +183,17 @@ def _scored(judge: TableEvaluator, train: FeatureTable, test: FeatureTable, seed
     train.check_finite("the training images")
     if test is not train:
         test.check_finite("the test images")
-    found = [judge.score(train, test, seed + number) for number in range(seeds)]
-    if seeds == 1:
+    return _mean([judge.score(train, test, seed + number) for number in range(seeds)], seed)
+
+
+def _mean(found: Sequence[Scores], first: int) -> Scores:
+    """Means over draws with seeds that follow each other from `first`, and their deviations."""
+    if len(found) == 1:
         return found[0]
     values = {name: np.array([scores.metrics[name] for scores in found]) for name in found[0].metrics}
     return Scores(
         metrics={name: float(each.mean()) for name, each in values.items()},
-        details={**found[0].details, "by_seed": {str(seed + i): scores.metrics for i, scores in enumerate(found)}},
+        details={**found[0].details, "by_seed": {str(first + i): scores.metrics for i, scores in enumerate(found)}},
         spread={name: float(each.std()) for name, each in values.items()},
     )
 

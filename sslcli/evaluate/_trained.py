@@ -28,6 +28,7 @@ from sslcli.evaluate._job import (
     Protocol,
     _images_of,
     _marks,
+    _mean,
     _normalised,
     _opened,
     _outcome,
@@ -257,19 +258,6 @@ def _judged(
     return found, unread
 
 
-def _mean(found: list[Scores], first: int) -> Scores:
-    """Means over seeds, with their deviations."""
-    if len(found) == 1:
-        return found[0]
-    values = {name: np.array([scores.metrics[name] for scores in found]) for name in found[0].metrics}
-    by_seed = {str(first + number): scores.metrics for number, scores in enumerate(found)}
-    return Scores(
-        metrics={name: float(each.mean()) for name, each in values.items()},
-        details={**found[0].details, "by_seed": by_seed},
-        spread={name: float(each.std()) for name, each in values.items()},
-    )
-
-
 def _check_unmoved(classifier: Classifier, weights: Weights) -> None:
     """Make sure that a frozen network is still the one that was to be judged, statistics of batch norms included.
 
@@ -293,7 +281,7 @@ def _partly(weights: Weights) -> tuple[str, ...]:
 
 
 def _is_own(setting: _Setting) -> bool:
-    return setting.configs == _own(setting.weights, setting.judge)
+    return setting.weights.manifest.preset is not None and setting.configs == _own(setting.weights, setting.judge)
 
 
 def _facts(setting: _Setting) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +24,7 @@ from sslcli.contracts import Backbone, Method, RunFacts
 from sslcli.convert._file import open_file
 from sslcli.convert._find import HUB, Converted, convert, digest_of_file
 from sslcli.convert._resample import fitted
+from sslcli.convert._write import replacing
 from sslcli.engine import checkpoint
 from sslcli.engine.build import method_of
 from sslcli.errors import PresetError, SslError, WeightsError
@@ -292,15 +291,10 @@ def save(backbone: Backbone, manifest: Manifest, path: Path) -> None:
     text = manifest.model_dump_json()
     pretty = json.dumps(json.loads(text), indent=2) + "\n"
     sidecar = path.with_name(f"{path.stem}.manifest.json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt", _KEY: text})
-        with _replacing(sidecar) as temporary:
-            temporary.write_text(pretty, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SslError(f"cannot write `{path}`: {reason}", hint="free some space or choose another `--out`") from error
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", _KEY: text})
+    with replacing(sidecar) as temporary:
+        temporary.write_text(pretty, encoding="utf-8")
 
 
 def extract(what: str | Path, out: Path | None = None, *, layout: str | None = None) -> Extracted:
@@ -664,24 +658,6 @@ def _begins_like_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(9)
     return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{")
-
-
-class _replacing:
-    """A temporary name that becomes `path` when all went well, and is gone when not."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
-            with suppress(OSError):
-                self._temporary.unlink()
 
 
 def _first(error: Exception) -> str:

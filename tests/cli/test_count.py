@@ -31,6 +31,7 @@ def test_a_run_and_its_weights_are_counted_alike(tiny_run: Path, tmp_path: Path)
     assert [part["name"] for part in told["parts"]] == ["backbone", "head", "(loss)"]
     ran("extract", tiny_run, "--out", tmp_path / "b.safetensors")
     assert json.loads(ran("count", tmp_path / "b.safetensors", "--json").stdout) == told
+    assert "next:" not in ran("count", tmp_path / "b.safetensors").stderr  # weights are no preset
     more = json.loads(ran("count", tiny_run, "--images", "640", "--json").stdout)
     assert more["steps"] == 40
 

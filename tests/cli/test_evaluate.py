@@ -1,15 +1,18 @@
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from sslcli.cli import app
 from sslcli.cli.evaluate import newest
+from sslcli.data.digits import coloured_digits
 from sslcli.errors import UserError
 
 
@@ -37,6 +40,15 @@ def test_a_table_a_report_and_the_next_command(run: Path):
     report = json.loads((run / "reports" / "knn-v1.json").read_text())
     assert f"{report['metrics']['top1_k10']:.2f} %" in first
     assert (run / "ledger.jsonl").is_file()
+
+
+def test_the_next_command_is_about_the_same_images(run: Path):
+    for part, seed in (("train", 1), ("test", 2)):
+        source = coloured_digits("train", 30, 32, seed)
+        np.savez(f"my {part}.npz", images=source.resident(), labels=source.labels)
+    done = ran("eval", "knn", run, "--train", "my train.npz", "--test", "my test.npz")
+    assert "next: ssl eval linear-cached run --train 'my train.npz' --test 'my test.npz'\n" in done.stderr
+    assert ran(*shlex.split(done.stderr.split("next: ssl ")[1])).stdout.startswith("linear-cached-v1")
 
 
 def test_json_is_all_there_is_on_stdout(run: Path):

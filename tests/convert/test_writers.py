@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sslcli.config import choice
@@ -29,7 +30,7 @@ from sslcli.convert import (
 from sslcli.convert._find import convert
 from sslcli.convert._layout import Network
 from sslcli.convert._rules import to_theirs
-from sslcli.convert._write import difference, same
+from sslcli.convert._write import difference, replacing, same
 from sslcli.errors import SslError, UserError, WeightsError
 from sslcli.seeds import seed_here
 
@@ -319,3 +320,21 @@ def test_a_network_that_says_something_else_is_never_written(tmp_path: Path, mon
     with pytest.raises(WeightsError, match=r"no place for `layer2.0.downsample.1.weight` and \d+ more"):
         detectron2.write(network(R18), tmp_path / "r.pkl")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "trouble", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_what_cannot_be_written_is_said_and_leaves_nothing(tmp_path: Path, trouble: Exception):
+    target = tmp_path / "w.safetensors"
+    target.write_text("old")
+
+    def write() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise trouble
+
+    with pytest.raises(SslError, match=r"cannot write .* No space left on device"):
+        write()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sslcli.config.load import load as load_preset
 from sslcli.contracts import Progress
 from sslcli.engine import checkpoint
 from sslcli.engine.record import Note
-from sslcli.errors import DataError, PresetError, SslError, StoppedOnRequest, UserError
+from sslcli.errors import DataError, PresetError, SslError, StoppedOnRequest, UserError, WeightsError
 from sslcli.evaluate import _trained
 from sslcli.evaluate._job import Outcome, Protocol
 from sslcli.evaluate._trained import evaluate
@@ -124,6 +124,20 @@ def test_a_test_folder_without_a_class_still_means_the_same_classes(run: Path, t
     test = {"name": "folder", "path": str(tmp_path / "test"), "labels": True}
     words = ("evaluator.epochs=6", "evaluator.batch_size=8", "evaluator.optim.lr=0.1")
     assert judged(run, "linear-moco-v1", *words, train=train, test=test).report.metrics["top1"] > 80
+
+
+def test_weights_of_another_tool_are_judged_on_named_images(run: Path, tmp_path: Path):
+    train = pictures(tmp_path / "train", ("dark", "light"), each=8)
+    test = pictures(tmp_path / "test", ("dark", "light"), each=4, seed=1)
+    ours = load(run)
+    theirs = replace(ours, manifest=ours.manifest.model_copy(update={"preset": None, "source": None}))
+    words = protocol("linear-moco-v1", "evaluator.epochs=1", train=train, test=test)
+    outcome = evaluate(theirs, words, passes=lambda title: None, watcher=Listener())
+    assert outcome is not None
+    assert "@data-" in outcome.report.protocol
+    with pytest.raises(WeightsError, match="does not say which images") as caught:
+        evaluate(theirs, protocol("linear-moco-v1"), passes=lambda title: None, watcher=Listener())
+    assert "--data DIR" in str(caught.value.hint)
 
 
 def test_the_protocol_as_it_stands_keeps_its_name(run: Path):

@@ -221,6 +221,7 @@ def test_foreign_and_damaged_files_are_refused_by_name(tiny_run: Path, extracted
         written("empty.pt", b""): "is empty",
         written("old.pth.tar", pickle.dumps({"a": 1})): "holds no tensors",
         written("notes.txt", b"weights"): "no file of weights",
+        written("text.pth", b"hello this is text"): "it makes no sense as a pickle",
         foreign: "in no layout that ssl knows",
         half: "lacks `preset`",
         bare: "in no layout that ssl knows",
