@@ -128,7 +128,8 @@ class Predictor(nn.Module):
         asked = self.mask_token.to(x.dtype) + places[blocks]  # (B, T, M, W)
         tokens = self.predictor_blocks(torch.cat([x, asked], dim=2).flatten(0, 1))  # (B T, K + M, W)
         foreseen: Tensor = self.predictor_proj(self.predictor_norm(tokens)[:, context.shape[1] :])
-        return foreseen.unflatten(0, blocks.shape[:2])
+        blocked: Tensor = foreseen.unflatten(0, blocks.shape[:2])
+        return blocked
 
 
 def normal_(layer: nn.Module) -> None:
