@@ -75,6 +75,13 @@ def tiny_run(_tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def run(tiny_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """`tiny_run` as a user has it: the folder `run` in the folder where commands are given."""
+    monkeypatch.chdir(tmp_path)
+    return tiny_run.rename("run")
+
+
 @pytest.fixture(scope="session")
 def _tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `tiny_run` is a copy of."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +9,14 @@ import pytest
 import timm
 import torch
 import yaml
-from typer.testing import CliRunner
+from parts import ran
 
 from sslcli import publish
-from sslcli.cli import app
 from sslcli.config.load import load as load_preset
 from sslcli.engine import checkpoint
 from sslcli.engine.build import facts_of, method_of
 from sslcli.errors import SslError, UserError, WeightsError
 from sslcli.features.weights import begin_with, load
-
-
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
-    monkeypatch.chdir(tmp_path)
-    return Path("run")
-
-
-def ran(*words: str | Path):
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def front_matter(card: str) -> dict[str, Any]:

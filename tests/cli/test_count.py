@@ -2,16 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from parts import ran
 
-from sslcli.cli import app
 from sslcli.errors import UserError
-
-
-def ran(*words: str | Path):
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_a_preset_is_counted_without_its_images():

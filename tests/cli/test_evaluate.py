@@ -1,32 +1,17 @@
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from parts import ran
 
-from sslcli.cli import app
 from sslcli.cli.evaluate import newest
 from sslcli.data.digits import coloured_digits
 from sslcli.errors import UserError
-
-
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
-    monkeypatch.chdir(tmp_path)
-    return Path("run")
-
-
-def ran(*words: str | Path):
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_a_table_a_report_and_the_next_command(run: Path):

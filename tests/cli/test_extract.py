@@ -1,26 +1,11 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from parts import ran
 
-from sslcli.cli import app
 from sslcli.engine import checkpoint
 from sslcli.errors import UserError
-
-
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
-    monkeypatch.chdir(tmp_path)
-    return Path("run")
-
-
-def ran(*words: str | Path):
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_says_what_was_written_and_what_comes_next(run: Path):

@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parts import ran
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
-from typer.testing import CliRunner
 
-from sslcli.cli import app
 from sslcli.engine import checkpoint
 from sslcli.errors import UserError, WeightsError
-
-
-def ran(*words: str | Path):
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 class Payload:

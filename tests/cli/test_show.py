@@ -1,9 +1,9 @@
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from parts import ran
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,12 +18,6 @@ from sslcli.seeds import seed_of
 from sslcli.views import build
 
 DIGITS = {"data.source": ({"name": "coloured_digits", "count": 40, "size": 32}, "a test")}
-
-
-def ran(*words: str | Path):
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -83,9 +77,7 @@ def test_clusters_are_drawn_with_their_own_images():
     assert centres == {tuple(source.read(index)[0, 0]) for index in range(3)}
 
 
-def test_clusters_by_k_means(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_run, "run", symlinks=True)
+def test_clusters_by_k_means(run, tmp_path):
     done = ran("show", "clusters", "run", "--k", 4, "--out", "clusters.png", "--images", 5)
     assert done.stdout == "clusters.png\n"
     assert pixels(tmp_path / "clusters.png").shape == (16 + 6 + 4 * 118, 84 + 5 * 118, 3)

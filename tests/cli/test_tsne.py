@@ -2,16 +2,14 @@
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import ran
 from PIL import Image
-from typer.testing import CliRunner
 
-from sslcli.cli import app
 from sslcli.data.digits import coloured_digits
 from sslcli.errors import DataError, UserError
 from sslcli.features.embed import few, in_plane
@@ -70,20 +68,16 @@ def test_a_page_is_whole_and_names_cannot_break_out_of_it(tmp_path: Path):
     assert len(set(scatter.colours(100))) == 100
 
 
-def test_the_command_writes_both_kinds_and_computes_once(tiny_run: Path, tmp_path: Path, monkeypatch):
-    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
-    monkeypatch.chdir(tmp_path)
+def test_the_command_writes_both_kinds_and_computes_once(run: Path, tmp_path: Path):
     source = coloured_digits("train", 30, 32, 1)
     np.savez("photos.npz", images=source.resident(), labels=source.labels)
 
-    def ran(*words: str):
-        done = CliRunner().invoke(app, ["tsne", "run", "--data", "photos.npz", *words], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done
+    def drawn(*words: str):
+        return ran("tsne", run, "--data", "photos.npz", *words)
 
-    assert ran("--out", "map.html", "--images", "20").stdout == "map.html\n"
+    assert drawn("--out", "map.html", "--images", "20").stdout == "map.html\n"
     entries = list((tmp_path / "run" / "features").iterdir())
-    assert "next: ssl eval knn run" in ran("--out", "map.png", "--images", "20").stderr
+    assert "next: ssl eval knn run" in drawn("--out", "map.png", "--images", "20").stderr
     assert list((tmp_path / "run" / "features").iterdir()) == entries
     assert len(entries) == 1
     with Image.open("map.png") as picture:
@@ -95,4 +89,4 @@ def test_the_command_writes_both_kinds_and_computes_once(tiny_run: Path, tmp_pat
         ("--out", "map.png", "--tap", "layer9"): "no tap `layer9`",
     }.items():
         with pytest.raises(UserError, match=message):
-            ran(*words)
+            drawn(*words)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import ran
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_image
 from typer.testing import CliRunner
@@ -40,12 +41,6 @@ def tree(tmp_path: Path) -> Path:
     pictures[6].save(tmp_path / "val/a/6.png")
     ImageEnhance.Brightness(pictures[3]).enhance(1.1).save(tmp_path / "val/b/brighter.jpg", quality=90)
     return tmp_path
-
-
-def ran(*words: str | Path):
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_everything_is_found(tree):

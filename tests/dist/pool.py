@@ -128,4 +128,5 @@ def load(file: Path) -> ModuleType:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests" / "common"))  # as pytest does
     serve(Connection(int(sys.argv[1])))

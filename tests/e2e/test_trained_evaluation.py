@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +15,7 @@ SECONDS = 100
 
 @pytest.mark.e2e
 @pytest.mark.dist
-def test_stopped_on_two_processes_it_continues_with_the_same_command(tiny_run: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run, symlinks=True)
+def test_stopped_on_two_processes_it_continues_with_the_same_command(run: Path, tmp_path: Path):
     words = [
         sys.executable, "-m", "sslcli", "eval", "linear", "run", "--preset", "linear-mae-v1", "--procs", "2", "--json",
         "-o", "evaluator.epochs=25", "-o", "evaluator.batch_size=16", "-o", "evaluator.batch_norm=8",

@@ -1,23 +1,20 @@
 """The pretraining job in this process: what it writes, how it resumes, what it refuses."""
 
 import json
-import os
-import signal
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from parts import Listener
 from PIL import Image
 
 from sslcli.config.load import load
 from sslcli.config.presets import PretrainPreset
-from sslcli.contracts import Progress
 from sslcli.engine import checkpoint
 from sslcli.engine.plan import dry_run
 from sslcli.engine.pretrain import pretrain
-from sslcli.engine.record import Note
 from sslcli.errors import DataError, DivergedError, StoppedOnRequest, UserError
 
 TINY = (
@@ -33,23 +30,6 @@ TINY = (
 
 def tiny(*overrides: str) -> PretrainPreset:
     return load("pretrain", "demo-digits", (*TINY, *overrides), {}).preset
-
-
-class Listener:
-    """Hears everything; at a given step it asks this process to stop, as a scheduler would."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.lines: list[str] = []
-        self.notes: list[Note] = []
-        self.stop_at = stop_at
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, note: Note, at: Progress, eta: float) -> None:
-        self.notes.append(note)
-        if note.step == self.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def final_state(folder: Path) -> checkpoint.State:

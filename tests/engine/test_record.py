@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from parts import Listener
 from PIL import Image
 
 from sslcli.config.load import load
@@ -25,18 +26,6 @@ from sslcli.runs.curves import draw
 
 AT = Progress(step=2, total=10, steps_per_epoch=5, seed=0)
 NOTE = Note(2, 0.4, 3.0, 0.1, 1.5, 100.0, 0.02, 0.5, {"top1": 50.0})
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.notes: list[Note] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, note: Note, at: Progress, eta: float) -> None:
-        self.notes.append(note)
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Evaluations that train: what they find, that they continue exactly, what they refuse."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parts import Listener
 from PIL import Image
 
 from sslcli import dist
 from sslcli.config.load import load as load_preset
-from sslcli.contracts import Progress
 from sslcli.engine import checkpoint
-from sslcli.engine.record import Note
 from sslcli.errors import DataError, PresetError, SslError, StoppedOnRequest, UserError, WeightsError
 from sslcli.evaluate import _trained
 from sslcli.evaluate._job import Outcome, Protocol
@@ -30,29 +27,6 @@ ALL_OF_IT = (
     "evaluator.drop_last=true", "evaluator.crop.erase=0.5", "evaluator.crop.rand_augment=rand-m9-mstd0.5-inc1",
     "evaluator.crop.lighting=0.1", "evaluator.accumulate=2",
 )  # fmt: skip
-
-
-class Listener:
-    """Hears everything; at a given step it asks this process to stop, as a scheduler would."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.lines: list[str] = []
-        self.notes: list[Note] = []
-        self.stop_at = stop_at
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, note: Note, at: Progress, eta: float) -> None:
-        self.notes.append(note)
-        if note.step == self.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> Path:
-    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
-    return tmp_path / "run"
 
 
 def protocol(name: str, *overrides: str, **sources: dict[str, Any]) -> Protocol:

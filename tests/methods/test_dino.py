@@ -9,36 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parts import Still
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from sslcli import dist
 from sslcli.backbones import vit
-from sslcli.contracts import Backbone, Batch, Progress, RunFacts
+from sslcli.contracts import Batch, Progress, RunFacts
 from sslcli.methods import dino
 from sslcli.nn.norm import group_batch_norm
 from sslcli.nn.slow import cosine_momentum
 from sslcli.nn.views import interleave
-
-
-class Rows(Backbone):
-    """Rows (B, D) instead of images; as they are, or through a layer."""
-
-    def __init__(self, dim: int, trunk: nn.Module | None = None) -> None:
-        super().__init__()
-        self.trunk, self.dim = trunk or nn.Identity(), dim
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.trunk(images)
-
-    def maps(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def tap_names(self) -> tuple[str, ...]:
-        return ()
 
 
 def facts(batch: int) -> RunFacts:
@@ -131,7 +112,7 @@ def settings(case: Any, meta: dict[str, Any]) -> dino.Config:
 
 def told(cfg: dino.Config) -> tuple[dino.DINO, Stored]:
     """The method around networks that change nothing, but for a teacher that is told its output."""
-    method = dino.build(cfg, Rows(cfg.prototypes), facts(8)).double()
+    method = dino.build(cfg, Still(cfg.prototypes), facts(8)).double()
     method.head, method.slow_head = nn.Identity(), Stored()
     return method, method.slow_head
 
@@ -209,7 +190,7 @@ SMALL = dino.Config(prototypes=9, hidden=12, bottleneck=6, batch_norm=True, fixe
 def trained(steps: int, cfg: dino.Config = SMALL) -> dino.DINO:
     """Some steps of eight images in five crops, over however many ranks there are."""
     torch.manual_seed(0)
-    method = dino.build(cfg, Rows(10, nn.Linear(10, 10)), facts(8)).double()
+    method = dino.build(cfg, Still(10, nn.Linear(10, 10)), facts(8)).double()
     group_batch_norm(method, local=8 // dist.world(), group="global")
     method.copy_student()
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)

@@ -1,39 +1,18 @@
 """InterCLR equal to OpenMMLab's: both losses with their margins, and which images they compare."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
+from parts import Still
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslcli import dist
-from sslcli.contracts import Backbone, Batch, Progress, RunFacts
+from sslcli.contracts import Batch, Progress, RunFacts
 from sslcli.errors import UserError
 from sslcli.methods import interclr
 
 IMAGES = 48
-
-
-class Still(Backbone):
-    """Rows (B, D) as they are."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.trunk, self.dim = nn.Identity(), dim
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images
-
-    def maps(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def tap_names(self) -> tuple[str, ...]:
-        return ()
 
 
 def facts(batch: int = 8, images: int = IMAGES) -> RunFacts:

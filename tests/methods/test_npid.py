@@ -1,40 +1,20 @@
 """NPID equal to MMSelfSup's (softmax) and to the authors' (noise-contrastive estimation), step after step."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from parts import Still
+from torch import Tensor
 from torch.nn import functional as F
 
 from sslcli import dist
-from sslcli.contracts import Backbone, Batch, Progress, RunFacts
+from sslcli.contracts import Batch, Progress, RunFacts
 from sslcli.errors import UserError
 from sslcli.methods import npid
 from sslcli.nn.bank import Bank, contrast_with_bank
 from sslcli.seeds import seed_of
-
-
-class Still(Backbone):
-    """Rows (B, D) as they are."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.trunk, self.dim = nn.Identity(), dim
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images
-
-    def maps(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def tap_names(self) -> tuple[str, ...]:
-        return ()
 
 
 def facts(batch: int, images: int = 50) -> RunFacts:

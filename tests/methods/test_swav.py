@@ -1,41 +1,21 @@
 """SwAV equal to the authors' code: loss, queue, and a training trajectory with frozen prototypes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from parts import Still
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslcli import dist
-from sslcli.contracts import Backbone, Batch, Progress, RunFacts
+from sslcli.contracts import Batch, Progress, RunFacts
 from sslcli.engine.optim import Lars
 from sslcli.errors import UserError
 from sslcli.methods import swav
 from sslcli.nn.crops import head_over
 from sslcli.nn.norm import group_batch_norm
-
-
-class Still(Backbone):
-    """Rows (B, D) as they are."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.trunk, self.dim = nn.Identity(), dim
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images
-
-    def maps(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def tap_names(self) -> tuple[str, ...]:
-        return ()
 
 
 def facts(batch: int, part: int | None = None) -> RunFacts:

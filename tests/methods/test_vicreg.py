@@ -1,39 +1,19 @@
 """VICReg equal to the authors' code, term by term, and over ranks."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from parts import Still
 from torch import Tensor, nn
 
 from sslcli import dist
 from sslcli.config import load
-from sslcli.contracts import Backbone, Batch, Progress, RunFacts
+from sslcli.contracts import Batch, Progress, RunFacts
 from sslcli.errors import UserError
 from sslcli.methods import vicreg
 from sslcli.methods.vicreg import Terms, vic_terms
-
-
-class Identity(Backbone):
-    """Rows as they are."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.trunk, self.dim = nn.Identity(), dim
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images
-
-    def maps(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def taps(self, images: Tensor, names: Any) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def tap_names(self) -> tuple[str, ...]:
-        return ()
 
 
 def coefficients(case: np.lib.npyio.NpzFile) -> tuple[float, float, float]:
@@ -107,7 +87,7 @@ def test_stays_in_32_bits_under_autocast():
 
 def test_method_weighs_the_terms():
     cfg = vicreg.Config(dim=5, hidden=8, layers=2, invariance=2, variance=3, covariance=4)
-    method = vicreg.build(cfg, Identity(6), RunFacts(100, 8, 8, 5, 10))
+    method = vicreg.build(cfg, Still(6), RunFacts(100, 8, 8, 5, 10))
     batch = Batch(views=list(torch.randn(2, 8, 6)), index=torch.arange(8))
     result = method(batch, Progress(step=0, total=10, steps_per_epoch=5, seed=0))
     parts = result.scalars
@@ -119,7 +99,7 @@ def test_method_weighs_the_terms():
 
 def test_a_single_image_is_refused():
     with pytest.raises(UserError, match="`vicreg` compares the images of a forward pass"):
-        vicreg.build(vicreg.Config(dim=8, hidden=8), Identity(6), RunFacts(100, 1, 1, 5, 10))
+        vicreg.build(vicreg.Config(dim=8, hidden=8), Still(6), RunFacts(100, 1, 1, 5, 10))
 
 
 @pytest.mark.parametrize(
