@@ -16,7 +16,7 @@ from sslcli.config.base import BackboneConfig
 from sslcli.config.types import Count, Fraction
 from sslcli.contracts import Backbone
 from sslcli.errors import UserError
-from sslcli.nn.patches import replaced
+from sslcli.nn.patches import check_sizes, replaced
 from sslcli.nn.positions import sincos_positions
 from sslcli.nn.taps import check_taps
 
@@ -75,14 +75,7 @@ class Config(BackboneConfig):
     @model_validator(mode="after")
     def _divides(self) -> "Config":
         width, _, heads = self.shape
-        if width % heads:
-            raise ValueError(f"the number of heads must divide the width (got {heads} and {width})")
-        if self.positions == "sincos" and width % 4:
-            raise ValueError(f"`positions: sincos` needs a width that 4 divides (got {width})")
-        if not self.class_token and self.pool == "cls":
-            raise ValueError("`class_token: false` leaves nothing but the patches to pool: set `pool: mean`")
-        if self.image_size % self.patch:
-            raise ValueError(f"`patch` must divide `image_size` (got {self.patch} and {self.image_size})")
+        check_sizes(width, heads, self.image_size, self.patch, sincos=self.positions == "sincos")
         return self
 
 

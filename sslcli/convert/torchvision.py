@@ -25,6 +25,13 @@ RESNET_RULES = (
 )
 
 
+def _at_rest(network: nn.Module, theirs: Tensors, head: str) -> nn.Module:
+    """A network of torchvision with these tensors and nothing for its classifier `head`."""
+    setattr(network, head, nn.Identity())
+    network.load_state_dict({name: x for name, x in theirs.items() if not name.startswith(f"{head}.")})
+    return network.eval()
+
+
 def resnet_source(backbone: Mapping[str, Any], theirs: Tensors) -> Callable[[Tensor], Tensor] | None:
     """The ResNet of torchvision with these tensors, where it has one."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -36,10 +43,7 @@ def resnet_source(backbone: Mapping[str, Any], theirs: Tensors) -> Callable[[Ten
     depth = backbone["depth"]
     blocks = list(BASIC[depth] if depth in BASIC else BOTTLENECK[depth])
     network = ResNet(BasicBlock if depth in BASIC else Bottleneck, blocks)
-    network.fc = nn.Identity()
-    network.load_state_dict({name: x for name, x in theirs.items() if not name.startswith("fc.")})
-    rested: nn.Module = network.eval()
-    return rested
+    return _at_rest(network, theirs, "fc")
 
 
 RESNET = Dialect(
@@ -75,10 +79,7 @@ def vit_source(backbone: Mapping[str, Any], theirs: Tensors) -> Callable[[Tensor
     cfg = Config.model_validate(dict(backbone))
     width, depth, heads = cfg.shape
     network = VisionTransformer(cfg.image_size, cfg.patch, depth, heads, width, 4 * width)
-    network.heads = nn.Identity()
-    network.load_state_dict({name: x for name, x in theirs.items() if not name.startswith("heads.")})
-    rested: nn.Module = network.eval()
-    return rested
+    return _at_rest(network, theirs, "heads")
 
 
 VIT = Dialect(
@@ -124,10 +125,7 @@ def swin_source(backbone: Mapping[str, Any], theirs: Tensors) -> Callable[[Tenso
     network = SwinTransformer(
         [cfg.patch, cfg.patch], width, list(depths), list(heads), [cfg.window, cfg.window], stochastic_depth_prob=0.0
     )
-    network.head = nn.Identity()
-    network.load_state_dict({name: x for name, x in theirs.items() if not name.startswith("head.")})
-    rested: nn.Module = network.eval()
-    return rested
+    return _at_rest(network, theirs, "head")
 
 
 SWIN = Dialect(

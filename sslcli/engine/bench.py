@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import count
 
 import torch
 
@@ -85,10 +86,10 @@ def work_of(stage: Stage, parts: Parts) -> Iterator[int]:
             return (len(batch.index) for batch in _host(parts))
         case Stage.VIEWS:
             held = next(_host(parts))
-            return (len(parts.feed.on_device(held, 0).index) for _ in _for_ever())
+            return (len(parts.feed.on_device(held, 0).index) for _ in count())
         case Stage.STEP:
             ready = next(_batches(parts))
-            return (_step(parts, ready) for _ in _for_ever())
+            return (_step(parts, ready) for _ in count())
         case Stage.RUN:
             return (_step(parts, batch) for batch in _batches(parts))
 
@@ -141,20 +142,13 @@ def _step(parts: Parts, batch: Batch) -> int:
 
 
 def _host(parts: Parts) -> Iterator[HostBatch]:
-    for epoch in _for_ever():
+    for epoch in count():
         yield from parts.feed.loader.epoch(epoch)
 
 
 def _batches(parts: Parts) -> Iterator[Batch]:
-    for _ in _for_ever():
+    for _ in count():
         yield from parts.feed.epoch(parts.at, None)
-
-
-def _for_ever() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 def _wait() -> None:

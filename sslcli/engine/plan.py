@@ -30,7 +30,7 @@ from sslcli.engine.record import table
 from sslcli.engine.resume import state_of
 from sslcli.errors import DataError, SslError, UserError
 from sslcli.seeds import seed_of
-from sslcli.views import build
+from sslcli.views import Views, build
 
 
 def check_batch(preset: Recipe, images: int, ranks: int) -> None:
@@ -102,6 +102,18 @@ class Parts:
         self.feed.loader.close()
 
 
+def decided(preset: PretrainPreset, source: Source) -> tuple[PretrainPreset, Views]:
+    """The preset with everything decided that a machine decides, and its views.
+
+    Raises:
+        UserError: the preset does not fit these images, or this number of ranks.
+    """
+    check_batch(preset, len(source), dist.world())
+    views = build(preset.views, seed_of(preset.seed, "views"))
+    reading = preset.run.views or faster_reading(source, views, preset.data.batch_size)
+    return machine.resolved(preset, resident=source.resident() is not None, reading=reading), views
+
+
 def assembled(preset: PretrainPreset) -> Parts:
     """Build what a preset describes on this machine; the method is in training mode.
 
@@ -109,10 +121,7 @@ def assembled(preset: PretrainPreset) -> Parts:
         UserError: the preset does not fit data or machine.
     """
     source = open_source(preset.data.source)
-    check_batch(preset, len(source), dist.world())
-    views = build(preset.views, seed_of(preset.seed, "views"))
-    reading = preset.run.views or faster_reading(source, views, preset.data.batch_size)
-    preset = machine.resolved(preset, resident=source.resident() is not None, reading=reading)
+    preset, views = decided(preset, source)
     loader = loader_of(preset, source, views)
     facts = facts_of(preset, images=len(source), steps_per_epoch=loader.steps_per_epoch)
     training, groups = training_of(method_of(preset, facts), preset)

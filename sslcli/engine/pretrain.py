@@ -14,10 +14,9 @@ from sslcli import dist
 from sslcli.config.presets import PretrainPreset
 from sslcli.contracts import Method, Progress
 from sslcli.data import open_source
-from sslcli.engine import checkpoint, loop, machine
+from sslcli.engine import checkpoint, loop
 from sslcli.engine.build import (
     facts_of,
-    faster_reading,
     feed_of,
     images_per_rank,
     loader_of,
@@ -28,12 +27,10 @@ from sslcli.engine.build import (
 from sslcli.engine.feed import Feed
 from sslcli.engine.launch import restarted
 from sslcli.engine.monitor import Monitor
-from sslcli.engine.plan import check_batch, summary
+from sslcli.engine.plan import decided, summary
 from sslcli.engine.record import Record, Silent, Watcher
 from sslcli.engine.resume import found_in, same_experiment, state_of, writable
 from sslcli.errors import StoppedOnRequest
-from sslcli.seeds import seed_of
-from sslcli.views import build as build_views
 from sslcli.views import picture
 
 
@@ -83,13 +80,7 @@ def pretrain(
             return Outcome(folder, Progress(**stored["progress"]), fresh=False)
     if preset.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    check_batch(preset, len(source), dist.world())
-    views = build_views(preset.views, seed_of(preset.seed, "views"))
-    preset = machine.resolved(
-        preset,
-        resident=source.resident() is not None,
-        reading=preset.run.views or faster_reading(source, views, preset.data.batch_size),
-    )
+    preset, views = decided(preset, source)
     record = Record(
         folder,
         preset.data.batch_size,
@@ -120,9 +111,9 @@ def pretrain(
         record.say(summary(preset, source, training, facts, groups, at))
         if dist.is_main() and not (folder / "views.png").exists():
             show_views(feed, preset, at, folder)
+        store = checkpoint.Store(folder, preset.run.checkpoints.keep, facts.steps_per_epoch, shared=training.shared)
         try:
-            keep = preset.run.checkpoints.keep
-            with closing(checkpoint.Store(folder, keep, facts.steps_per_epoch, shared=training.shared)) as store:
+            with record.failures_told(at), closing(store):
                 at = loop.fit(
                     training,
                     feed,
@@ -144,10 +135,6 @@ def pretrain(
                 )
         except StoppedOnRequest:
             record.skipped(feed.skipped, source.name)
-            raise
-        except BaseException as error:
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            record.status(state, record.at or at, str(error).partition("\n")[0] or type(error).__name__)
             raise
         record.skipped(feed.skipped, source.name)
         record.status("finished", at)

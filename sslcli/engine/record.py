@@ -5,8 +5,9 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from sslcli.engine import machine
 from sslcli.engine.drawing import Drawing
 from sslcli.engine.health import Verdict
 from sslcli.engine.loggers import Logger, first_line, open_logger
+from sslcli.errors import StoppedOnRequest
 
 METRICS, HEALTH = "metrics.jsonl", "health.jsonl"
 BEAT = 15.0
@@ -200,6 +202,21 @@ class Record:
 
     def __enter__(self) -> "Record":
         return self
+
+    @contextmanager
+    def failures_told(self, at: Progress) -> Iterator[None]:
+        """Set the state to `interrupted` or `failed`, with the reason, when what is done here ends so.
+
+        `at` is where the run stood before. A stop that was asked for is none of the two.
+        """
+        try:
+            yield
+        except StoppedOnRequest:
+            raise
+        except BaseException as error:
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.status(state, self.at or at, str(error).partition("\n")[0] or type(error).__name__)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -31,7 +31,7 @@ from sslcli.engine.plan import check_batch
 from sslcli.engine.pretrain import stop_signals
 from sslcli.engine.record import Record, Silent, Watcher, table
 from sslcli.engine.resume import differences, found_in, writable
-from sslcli.errors import StoppedOnRequest, UserError
+from sslcli.errors import UserError
 from sslcli.seeds import seed_here, seed_of
 from sslcli.views import AugmentedCrops, CropViews, Views, build_eval
 
@@ -127,27 +127,21 @@ def train(
         with closing(loader), record, stop_signals() as stop_asked:
             record.open(job.said, at)
             record.say(_summary(job, recipe, training, facts, groups, at))
-            try:
-                with closing(checkpoint.Store(folder, recipe.run.checkpoints.keep, facts.steps_per_epoch)) as store:
-                    feed = feed_of(loader, views, recipe)
-                    at = loop.fit(
-                        training,
-                        feed,
-                        recipe,
-                        at,
-                        look=_no_look,
-                        monitor=None,
-                        record=record,
-                        store=store,
-                        checkpoint=partial(_state_of, training, job, recipe, facts),
-                        stop_asked=stop_asked,
-                    )
-            except StoppedOnRequest:
-                raise
-            except BaseException as error:
-                state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                record.status(state, record.at or at, str(error).partition("\n")[0] or type(error).__name__)
-                raise
+            keep = recipe.run.checkpoints.keep
+            with record.failures_told(at), closing(checkpoint.Store(folder, keep, facts.steps_per_epoch)) as store:
+                feed = feed_of(loader, views, recipe)
+                at = loop.fit(
+                    training,
+                    feed,
+                    recipe,
+                    at,
+                    look=_no_look,
+                    monitor=None,
+                    record=record,
+                    store=store,
+                    checkpoint=partial(_state_of, training, job, recipe, facts),
+                    stop_asked=stop_asked,
+                )
             record.skipped(feed.skipped, job.source.name)
             record.status("finished", at)
     seconds = time.perf_counter() - begun if stored is None or stored["progress"]["step"] < at.total else 0.0

@@ -90,8 +90,8 @@ def evaluate(
     """
     preset, judge = protocol.preset, _judge(protocol.preset)
     check_seeds(judge, seeds)
-    configs = _images_of(weights, preset, judge)
-    sources = _opened(configs, judge)
+    configs = images_of(weights, preset, judge)
+    sources = opened(configs, judge)
     own_view = weights.manifest.view
     view = own_view if preset.view is None else preset.view.applied_to(own_view)
     cache = Cache(folder_of(weights) / FOLDER) if cached else None
@@ -133,9 +133,9 @@ def evaluate(
             facts = _facts_of(*pair, configs)
     if not columns:
         return None
-    own = weights.manifest.preset is not None and configs == _own(weights, judge)
-    outcome = _outcome(weights, protocol, judge, columns, facts, own=own, seeds=seeds)
-    return replace(outcome, notes=(*_normalised(view, own_view), *(() if cache is None else cache.notes)))
+    own = are_own(weights, configs, judge)
+    outcome = outcome_of(weights, protocol, judge, columns, facts, own=own, seeds=seeds)
+    return replace(outcome, notes=(*normalised(view, own_view), *(() if cache is None else cache.notes)))
 
 
 def evaluate_tables(
@@ -160,7 +160,7 @@ def evaluate_tables(
     columns = {LEARNED: _scored(judge, *pair, protocol.preset.seed, seeds)}
     trained_on = weights.manifest.source
     own = trained_on is not None and train.meta.source == trained_on.fingerprint
-    return _outcome(weights, protocol, judge, columns, _facts_of(*pair, None), own=own, seeds=seeds)
+    return outcome_of(weights, protocol, judge, columns, _facts_of(*pair, None), own=own, seeds=seeds)
 
 
 def folder_of(weights: Weights) -> Path:
@@ -183,10 +183,10 @@ def _scored(judge: TableEvaluator, train: FeatureTable, test: FeatureTable, seed
     train.check_finite("the training images")
     if test is not train:
         test.check_finite("the test images")
-    return _mean([judge.score(train, test, seed + number) for number in range(seeds)], seed)
+    return mean_of([judge.score(train, test, seed + number) for number in range(seeds)], seed)
 
 
-def _mean(found: Sequence[Scores], first: int) -> Scores:
+def mean_of(found: Sequence[Scores], first: int) -> Scores:
     """Means over draws with seeds that follow each other from `first`, and their deviations."""
     if len(found) == 1:
         return found[0]
@@ -208,7 +208,7 @@ def _numbered_alike(
     return train.counted_in(classes), test.counted_in(classes)
 
 
-def _normalised(view: EvalView, own: EvalView) -> tuple[str, ...]:
+def normalised(view: EvalView, own: EvalView) -> tuple[str, ...]:
     """Says so where images are not normalised as the weights expect."""
     if view.normalize == own.normalize:
         return ()
@@ -229,7 +229,12 @@ def _own(weights: Weights, judge: Judge) -> tuple[AnySource, AnySource | None]:
     return train, train if judge.same_images else other_split(train)
 
 
-def _images_of(weights: Weights, preset: EvalPreset, judge: Judge) -> tuple[AnySource, AnySource]:
+def are_own(weights: Weights, configs: tuple[AnySource, AnySource], judge: Judge) -> bool:
+    """Whether these are the images that the weights were trained on, and the test images that belong to them."""
+    return weights.manifest.preset is not None and configs == _own(weights, judge)
+
+
+def images_of(weights: Weights, preset: EvalPreset, judge: Judge) -> tuple[AnySource, AnySource]:
     train = preset.train or _own(weights, judge)[0]
     test = train if judge.same_images else preset.test or other_split(train)
     if test is None:
@@ -243,7 +248,7 @@ def _images_of(weights: Weights, preset: EvalPreset, judge: Judge) -> tuple[AnyS
     return train, test
 
 
-def _opened(configs: tuple[AnySource, AnySource], judge: Judge) -> tuple[Source, Source]:
+def opened(configs: tuple[AnySource, AnySource], judge: Judge) -> tuple[Source, Source]:
     """Both sources, once it is certain that they can be used: the pass over them may take long."""
     train = open_source(configs[0])
     test = train if judge.same_images else open_source(configs[1])
@@ -306,7 +311,7 @@ def _facts_of(
     return {**facts, "view": train.meta.view.model_dump(mode="json")}
 
 
-def _outcome(
+def outcome_of(
     weights: Weights,
     protocol: Protocol,
     judge: Judge,
@@ -341,7 +346,7 @@ def _outcome(
         "versions": {name: environment[name] for name in _VERSIONS},
         "command": machine.command(),
     }
-    label = protocol.label() + _marks(weights, None if own else facts["test"]["fingerprint"])
+    label = protocol.label() + marks(weights, None if own else facts["test"]["fingerprint"])
     return Outcome(
         report=Report(protocol=label, metrics=learned.metrics, details=details),
         columns=dict(columns),
@@ -350,7 +355,7 @@ def _outcome(
     )
 
 
-def _marks(weights: Weights, other_images: str | None) -> str:
+def marks(weights: Weights, other_images: str | None) -> str:
     """What keeps reports apart that would lie in one folder under one name: an earlier step, other images."""
     newest = None if weights.run is None else checkpoint.all_in(weights.run)[-1:]
     final = newest is not None and (not newest or checkpoint.step_of(newest[0]) == weights.manifest.step)

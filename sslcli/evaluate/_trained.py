@@ -26,14 +26,14 @@ from sslcli.evaluate._job import (
     Outcome,
     Passes,
     Protocol,
-    _images_of,
-    _marks,
-    _mean,
-    _normalised,
-    _opened,
-    _outcome,
-    _own,
+    are_own,
     folder_of,
+    images_of,
+    marks,
+    mean_of,
+    normalised,
+    opened,
+    outcome_of,
 )
 from sslcli.features.table import Scores, numbers_in
 from sslcli.features.weights import Weights, digest_of, network
@@ -85,7 +85,8 @@ def evaluate(
         StoppedOnRequest: a signal stopped the training after writing a checkpoint.
     """
     setting = _setting(weights, protocol)
-    label = protocol.label() + _marks(weights, None if _is_own(setting) else setting.test.fingerprint())
+    own = are_own(weights, setting.configs, setting.judge)
+    label = protocol.label() + marks(weights, None if own else setting.test.fingerprint())
     home = folder_of(weights) / FOLDER / label
     found: list[Scores] = []
     for seed in range(protocol.preset.seed, protocol.preset.seed + seeds):
@@ -95,11 +96,11 @@ def evaluate(
             found.append(scores)
     if not found:
         return None
-    outcome = _outcome(
-        weights, protocol, setting.judge, {LEARNED: _mean(found, protocol.preset.seed)}, _facts(setting),
-        own=_is_own(setting), seeds=seeds,
+    outcome = outcome_of(
+        weights, protocol, setting.judge, {LEARNED: mean_of(found, protocol.preset.seed)}, _facts(setting),
+        own=own, seeds=seeds,
     )  # fmt: skip
-    notes = (*_normalised(setting.view, weights.manifest.view), f"training: {home}")
+    notes = (*normalised(setting.view, weights.manifest.view), f"training: {home}")
     return replace(outcome, warnings=(*outcome.warnings, *_partly(weights)), notes=notes)
 
 
@@ -112,8 +113,8 @@ def _setting(weights: Weights, protocol: Protocol) -> _Setting:
     preset, cfg = protocol.preset, protocol.preset.evaluator
     assert isinstance(cfg, TrainedConfig)
     judge: TrainedEvaluator = choice.build("sslcli.evaluate", cfg)(cfg)
-    configs = _images_of(weights, preset, judge)
-    whole, test = _opened(configs, judge)
+    configs = images_of(weights, preset, judge)
+    whole, test = opened(configs, judge)
     used = judge.part(whole)
     labels, truth = used.labels, test.labels
     assert labels is not None and truth is not None  # noqa: PT018  # checked when they were opened
@@ -192,7 +193,6 @@ def _with_seed(
     if judged is None:
         return None
     metrics, unread = judged
-    headline = {name: 100.0 * value for name, value in metrics.items()}
     run = {
         "steps": trained.at.total,
         "lr": trained.lr,
@@ -202,8 +202,8 @@ def _with_seed(
         "memory_gb": round(trained.memory_gb, 2),
         "folder": str(folder),
     }
-    extra = {} if without is None else {"without_ema": {name: 100.0 * value for name, value in without[0].items()}}
-    return Scores(metrics=headline, details={"training": run, "test_unreadable": unread, **extra})
+    extra = {} if without is None else {"without_ema": without[0]}
+    return Scores(metrics=metrics, details={"training": run, "test_unreadable": unread, **extra})
 
 
 def _fresh(weights: Weights) -> Backbone:
@@ -241,7 +241,7 @@ def _classifier(setting: _Setting, backbone: Backbone, facts: RunFacts) -> Class
 def _judged(
     setting: _Setting, trained: Trained, told: Callable[[int, int], None] | None, *, slow: bool
 ) -> tuple[dict[str, float], int] | None:
-    """Shares of test images whose class is the likeliest or among five; how many could not be read."""
+    """Shares, in percent, of test images whose class is the likeliest or among five; how many could not be read."""
     rows, kept, unread = predicted(
         trained, setting.test, setting.view, batch_size=setting.preset.batch_size, workers=setting.preset.workers,
         progress=told, slow=slow,
@@ -254,7 +254,7 @@ def _judged(
     for top in (1, 5):
         for name, likely in rows.items():
             hit = (likely[:, :top] == right[:, None]).any(axis=1)
-            found[f"top{top}_{name}" if several else f"top{top}"] = float(hit.mean())
+            found[f"top{top}_{name}" if several else f"top{top}"] = 100.0 * float(hit.mean())
     return found, unread
 
 
@@ -278,10 +278,6 @@ def _partly(weights: Weights) -> tuple[str, ...]:
         return ()
     kept = len(match.missing) + len(match.misshapen)
     return (f"{kept} of {match.matched + kept} tensors of the network are not from the file: they are as initialised",)
-
-
-def _is_own(setting: _Setting) -> bool:
-    return setting.weights.manifest.preset is not None and setting.configs == _own(setting.weights, setting.judge)
 
 
 def _facts(setting: _Setting) -> dict[str, Any]:

@@ -71,3 +71,17 @@ def fits(masks: Tensor, patches: int) -> None:
             f"masks are drawn for {masks.shape[1]} patches, but the network cuts an image into {patches}",
             hint="set `views.patch` to the backbone's patch size",
         )
+
+
+def check_sizes(width: int, heads: int, image_size: int, patch: int, *, sincos: bool) -> None:
+    """Refuse sizes of a vision transformer that do not go together.
+
+    Raises:
+        ValueError: says which two.
+    """
+    if width % heads:
+        raise ValueError(f"the number of heads must divide the width (got {heads} and {width})")
+    if sincos and width % 4:
+        raise ValueError(f"`positions: sincos` needs a width that 4 divides (got {width})")
+    if image_size % patch:
+        raise ValueError(f"`patch` must divide `image_size` (got {patch} and {image_size})")
