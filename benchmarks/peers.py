@@ -12,10 +12,8 @@ crops, colours, loss, optimiser and images for all: small images, held in memory
 
 import argparse
 import copy
-import importlib.util
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import count
@@ -24,6 +22,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from contest import contest, images_in, installed
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -214,18 +213,9 @@ class Ours:
             yield from feed.epoch(self._at, None)
 
 
-def contest(entries: dict[str, Step], images: int, rounds: int, steps: int) -> dict[str, float]:
-    """Images per second of processor time, the best of some rounds."""
-    best = dict.fromkeys(entries, 0.0)
-    for step in entries.values():
-        step()
-    for _ in range(rounds):
-        for name, step in entries.items():
-            begun = time.process_time()
-            for _ in range(steps):
-                step()
-            best[name] = max(best[name], images * steps / (time.process_time() - begun))
-    return best
+def many(step: Step, count: int) -> Step:
+    """So many steps."""
+    return lambda: [step() for _ in range(count)]
 
 
 def main() -> None:
@@ -248,17 +238,19 @@ def main() -> None:
     def network() -> ResNet:
         return ResNet(Config.model_validate(backbone))
 
-    files = sorted(file for file in given.small.rglob("*") if file.suffix in (".png", ".jpg"))[: 8 * given.batch]
+    files = images_in(given.small)[: 8 * given.batch]
     method = cast(Literal["simclr", "moco"], given.method)
     plain = {"simclr": plain_simclr, "moco": plain_moco}[method]
     batches = endless(DataLoader(Pictures(files, two_views), batch_size=given.batch, shuffle=True, drop_last=True))
     ours = Ours(given.small, method, backbone, given.batch)
     entries = {"ssl": ours.step, "plain": plain(network(), network().dim, batches)}
-    if importlib.util.find_spec("lightly") is not None:
+    if installed("lightly"):
         theirs = {"simclr": lightly_simclr, "moco": lightly_moco}[method]
         entries["lightly"] = theirs(network(), network().dim, lightly_batches(files, given.batch))
     with closing(ours):
-        found = contest(entries, given.batch, given.rounds, given.steps)
+        found = contest(
+            {name: (given.batch * given.steps, many(step, given.steps)) for name, step in entries.items()}, given.rounds
+        )
     rows = {
         name: {"img/s per core": round(rate), "ssl / it": round(found["ssl"] / rate, 2)} for name, rate in found.items()
     }

@@ -2,7 +2,7 @@
 
 One process, one thread, processor time, the contestants in turn, the best of some rounds. Two settings:
 
-- JPEG files to two MoCo v2 views of 224 pixels: decode, crop, colour, blur, standardise;
+- JPEG files, or a raw pack of them, to two MoCo v2 views of 224 pixels: decode, crop, colour, blur, standardise;
 - images of 32 pixels in memory to two views, without blur and with it.
 
 `pil` is the pipeline of the papers' repositories: torchvision v1 on PIL images. `ssl, host part` is what a processor
@@ -15,13 +15,11 @@ DIR is searched for images, subfolders included. FILE gets every figure, and its
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
 import random
-import sys
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from contest import Contest, contest, images_in, installed
 from PIL import Image, ImageFilter
 from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -38,13 +37,11 @@ from torchvision.transforms import v2
 from sslcli.config.data import Folder
 from sslcli.config.load import load
 from sslcli.config.views import IMAGENET_MEAN, IMAGENET_STD, Blur, Crops
-from sslcli.data import open_source
+from sslcli.data import guess_source, open_source
 from sslcli.data.decode import read_image
 from sslcli.data.loader import Loader
+from sslcli.data.pack import How, pack
 from sslcli.views import build
-
-Contest = dict[str, tuple[int, Callable[[], object]]]
-"""Name of a contestant, how many images one call works on, and the call."""
 
 
 class PILBlur:
@@ -153,6 +150,18 @@ def of_jpegs(folder: Path) -> Contest:
     return found
 
 
+def of_pack(folder: Path, scratch: Path) -> Contest:
+    """The same images from a pack of raw pixels, their shorter side 256."""
+    views = build(crops(224, blur=True), 0)
+    pack(open_source(Folder(path=folder)), scratch, How(encoding="raw", size=256), workers=0)
+    packed = open_source(guess_source(scratch))
+    loader = Loader(packed, batch_size=len(packed), seed=0, look=views.crop, workers=0)
+    return {
+        "ssl, raw pack, read alone": (len(packed), lambda: [packed.read(row) for row in range(len(packed))]),
+        "ssl, raw pack, host part": (len(packed), lambda: next(iter(loader.epoch(0)))),
+    }
+
+
 def of_small(images: np.ndarray, *, blur: bool) -> Contest:
     """From images (N, 32, 32, 3) uint8 in memory to two views of 32 pixels."""
     views = build(crops(32, blur=blur), 0)
@@ -188,32 +197,6 @@ def crops(size: int, *, blur: bool) -> Crops:
     return views.model_copy(update={"groups": (group,)})
 
 
-def installed(package: str) -> bool:
-    """Whether a peer can take part."""
-    return importlib.util.find_spec(package) is not None
-
-
-def contest(entries: Contest, rounds: int) -> dict[str, float]:
-    """Images per second of processor time, the best of some rounds."""
-    best = dict.fromkeys(entries, 0.0)
-    for _, work in entries.values():
-        work()
-    for _ in range(rounds):
-        for name, (count, work) in entries.items():
-            begun = time.process_time()
-            work()
-            best[name] = max(best[name], count / (time.process_time() - begun))
-    return {name: round(rate, 1) for name, rate in best.items()}
-
-
-def images_in(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Image files below a folder, sorted."""
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
-    if not found:
-        sys.exit(f"error: no {' or '.join(endings)} below {folder}")
-    return found
-
-
 def main() -> None:
     """Print a table per setting; write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,10 +206,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    small = images_in(arguments.small, (".png", ".jpg", ".jpeg"))[:1024]
+    small = images_in(arguments.small)[:1024]
     pixels = np.stack([read_image(os.fsencode(file), file.name) for file in small])
+    with tempfile.TemporaryDirectory() as scratch:
+        large = {**of_jpegs(arguments.jpegs), **of_pack(arguments.jpegs, Path(scratch) / "pack")}
+        of_large = contest(large, arguments.rounds)
     found = {
-        "jpeg to two views of 224 px": contest(of_jpegs(arguments.jpegs), arguments.rounds),
+        "jpeg to two views of 224 px": of_large,
         "32 px in memory, no blur": contest(of_small(pixels, blur=False), arguments.rounds),
         "32 px in memory, blur": contest(of_small(pixels, blur=True), arguments.rounds),
     }
