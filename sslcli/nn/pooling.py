@@ -11,8 +11,6 @@ VALUES = 9000
 """About how many values a map is pooled to (Goyal et al. 2019, https://arxiv.org/abs/1905.01235, appendix)."""
 WINDOWS = ((10, 10, 4), (16, 8, 0), (13, 5, 0), (8, 3, 0), (6, 1, 0))
 """Side, stride and padding of the windows for the five stages of a ResNet-50 that sees 224 x 224 pixels."""
-SIDES = (12, 6, 4, 3, 2)
-"""Windows a side that give about as many values when they cover the maps instead."""
 STAGES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 """Channels and side of the maps those windows are made for; they give 9216, 9216, 8192, 9216 and 8192 values."""
 
@@ -24,8 +22,9 @@ def in_windows(maps: Tensor, stage: int) -> Tensor:
 
 
 def in_grid(maps: Tensor, side: int) -> Tensor:
-    """Mean of maps (B, C, h, w) in a grid of side x side windows that cover them."""
-    return F.adaptive_avg_pool2d(maps, side)
+    """Mean of maps (B, C, h, w) in a grid of side x side windows that cover them; no more than they have places."""
+    height, width = maps.shape[2:]
+    return F.adaptive_avg_pool2d(maps, (min(side, height), min(side, width)))
 
 
 def to_9k(maps: Tensor) -> Tensor:
@@ -37,8 +36,7 @@ def to_9k(maps: Tensor) -> Tensor:
     channels, height, width = maps.shape[1:]
     if height == width and (channels, height) in STAGES:
         return in_windows(maps, STAGES.index((channels, height))).flatten(1)
-    side = max(1, math.isqrt(VALUES // channels))
-    return F.adaptive_avg_pool2d(maps, (min(side, height), min(side, width))).flatten(1)
+    return in_grid(maps, max(1, math.isqrt(VALUES // channels))).flatten(1)
 
 
 def as_vectors(value: Tensor, name: str, *, many: bool) -> Tensor:

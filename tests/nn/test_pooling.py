@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from sslcli.errors import UserError
-from sslcli.nn.pooling import SIDES, STAGES, as_vectors, in_grid, in_windows, to_9k
+from sslcli.nn.pooling import STAGES, as_vectors, in_grid, in_windows, to_9k
 from sslcli.nn.taps import Tap, parse_tap
+
+SIDES = (12, 6, 4, 3, 2)
+"""Windows a side that cover the maps of the stages and give about as many values."""
 
 
 @pytest.mark.golden
