@@ -76,6 +76,8 @@ class Config(BackboneConfig):
     def _divides(self) -> "Config":
         width, _, heads = self.shape
         check_sizes(width, heads, self.image_size, self.patch, sincos=self.positions == "sincos")
+        if not self.class_token and self.pool == "cls":
+            raise ValueError("`class_token: false` leaves nothing but the patches to pool: set `pool: mean`")
         return self
 
 
