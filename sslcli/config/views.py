@@ -169,6 +169,11 @@ class ViewKind(Settings, ABC):
     def eval_view(self) -> EvalView:
         """The evaluation view that goes with these training views."""
 
+    @property
+    def units_of_targets(self) -> Normalize:
+        """What target networks see of levels in [0, 1], where the views come with targets."""
+        return self.normalize
+
     def pair(self) -> "Crops | None":
         """Settings that draw the first two views alone, as they are among all; None where no views are compared."""
         return None
@@ -461,6 +466,11 @@ class Masked(ViewKind):
     def eval_view(self) -> EvalView:
         """As large as the crop."""
         return _as_large_as(self.crop, self.normalize)
+
+    @property
+    def units_of_targets(self) -> Normalize:
+        """As the target says."""
+        return self.normalize if self.target is None else self.target.normalize
 
     def shrunk(self, side: int) -> Self:
         """The crop at most `side` pixels, in as large patches, and masks that hide about the same share."""

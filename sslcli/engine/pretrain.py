@@ -31,7 +31,7 @@ from sslcli.engine.plan import decided, summary
 from sslcli.engine.record import Record, Silent, Watcher
 from sslcli.engine.resume import found_in, same_experiment, state_of, writable
 from sslcli.errors import StoppedOnRequest
-from sslcli.views import picture
+from sslcli.views import Seen, picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def show_views(feed: Feed, preset: PretrainPreset, at: Progress, folder: Path) -
     if batch is not None:
         views, targets = ([tensor[:8].float().cpu() for tensor in some] for some in (batch.views, batch.targets))
         masks = None if batch.masks is None else batch.masks[:8].cpu()
-        picture(views, preset.views.normalize, folder / "views.png", masks=masks, targets=targets)
+        picture(Seen(views, masks, targets), preset.views, folder / "views.png")
 
 
 @contextmanager

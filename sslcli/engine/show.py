@@ -13,7 +13,7 @@ from sslcli.config.views import EvalView
 from sslcli.data.source import U8, Source, UnreadableImage
 from sslcli.errors import DataError
 from sslcli.seeds import permuted, seed_of
-from sslcli.views import Seen, Views, build, build_eval, page, rows_of
+from sslcli.views import Row, Seen, Views, build, build_eval, page, rows_of
 
 CANDIDATES = 1000
 """Images that are tried at most in search of readable ones."""
@@ -31,12 +31,13 @@ def views_page(preset: PretrainPreset, source: Source, *, images: int, epochs: i
     """
     index, pictures = chosen(source, images, preset.seed)
     views = build(preset.views, seed_of(preset.seed, "views"))
-    rows = [(f"evaluation\n{preset.views.eval_view.size} px", plain(pictures, preset.views.eval_view))]
+    eval_view = preset.views.eval_view
+    rows = [Row(f"evaluation\n{eval_view.size} px", plain(pictures, eval_view), eval_view.normalize)]
     for epoch in range(epochs):
         seen = seen_of(views, pictures, index, epoch, slowly=preset.run.views == "reference")
-        rows += [(f"epoch {epoch + 1}\n{name}", row) for name, row in rows_of(seen)]
+        rows += [row._replace(name=f"epoch {epoch + 1}\n{row.name}") for row in rows_of(seen, preset.views)]
     captions = [source.name(int(one))[-CAPTION:] for one in index]
-    return page(rows, captions, preset.views.normalize)
+    return page(rows, captions)
 
 
 def chosen(source: Source, count: int, seed: int) -> tuple[np.ndarray, list[U8]]:

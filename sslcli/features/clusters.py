@@ -18,7 +18,7 @@ from sslcli.errors import UserError
 from sslcli.features.compute import Told, of_network
 from sslcli.features.weights import Weights
 from sslcli.seeds import permutation, permuted, seed_of
-from sslcli.views import page
+from sslcli.views import Row, page
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,6 @@ def clusters_page(
             if len(pictures) == columns:
                 break
         if pictures:
-            sheet.append((f"cluster {cluster}\n{counts[cluster]} images", plain(pictures, view)))
+            sheet.append(Row(f"cluster {cluster}\n{counts[cluster]} images", plain(pictures, view), view.normalize))
     captions = [f"of {len(used)} clusters of {found.origin}", *[""] * (columns - 1)]
-    return page(sheet, captions, view.normalize)
+    return page(sheet, captions)

@@ -15,7 +15,7 @@ from sslcli.engine.show import CAPTION, plain
 from sslcli.errors import DataError, UserError
 from sslcli.features.weights import method_at
 from sslcli.seeds import seed_of
-from sslcli.views import draw_masks, hidden, page
+from sslcli.views import Row, draw_masks, hidden, page
 
 
 def reconstruction_page(run: Path, images: Sequence[Path], *, seed: int) -> Image.Image:
@@ -53,8 +53,9 @@ def reconstruction_page(run: Path, images: Sequence[Path], *, seed: int) -> Imag
         raise _does_not_paint(name)
     masked = hidden(originals, drawn)
     seen = hidden(torch.ones_like(originals), drawn)
-    rows = [("masked", masked), ("painted", masked + painted * (1 - seen)), ("original", originals)]
-    return page(rows, [path.name[-CAPTION:] for path in images], views.normalize)
+    shown = {"masked": masked, "painted": masked + painted * (1 - seen), "original": originals}
+    rows = [Row(what, some, views.normalize) for what, some in shown.items()]
+    return page(rows, [path.name[-CAPTION:] for path in images])
 
 
 def _does_not_paint(name: str) -> UserError:

@@ -6,12 +6,13 @@ from sslcli.views.crops import CropViews
 from sslcli.views.evaluation import EvalLook
 from sslcli.views.kind import Seen, Views
 from sslcli.views.masks import draw_masks
-from sslcli.views.picture import hidden, page, picture, rows_of
+from sslcli.views.picture import Row, hidden, page, picture, rows_of
 
 __all__ = [
     "AugmentedCrops",
     "CropViews",
     "EvalLook",
+    "Row",
     "Seen",
     "Views",
     "build",

@@ -37,6 +37,13 @@ def test_views_of_every_kind(preset, rows):
     np.testing.assert_array_equal(two[: one.shape[0]], one)
 
 
+def test_a_target_is_shown_in_the_colours_of_its_view():
+    preset = load("pretrain", "cae-vitb16-300e", (), DIGITS).preset
+    sheet = np.asarray(views_page(preset, open_source(preset.data.source), images=2, epochs=1)).astype(float)
+    view, target = (sheet[22 + row * 118 :][:112, 84:196] for row in (1, 3))
+    assert abs(view - target).mean() < 4
+
+
 def test_what_is_shown_is_what_training_sees():
     preset = load("pretrain", "rotation-cifar10-cpu", (), DIGITS).preset
     source = open_source(preset.data.source)
