@@ -18,7 +18,7 @@ from sslcli.config.base import EvaluatorConfig
 from sslcli.config.types import Positive
 from sslcli.errors import DataError
 from sslcli.features.table import I64, FeatureTable, Scores, TableEvaluator
-from sslcli.nn.margin import costs_of, fitted, normalised, processes
+from sslcli.nn.margin import costs_of, fitted, normalised, processes, turned
 from sslcli.nn.ranking import F64, area, at_eleven_points, recall_and_precision
 from sslcli.seeds import seed_of
 
@@ -76,7 +76,7 @@ def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int) -> Sc
     metrics: dict[str, float] = {}
     details: dict[str, dict[str, object]] = {}
     for tap in cfg.taps:
-        rows, unseen = normalised(train.tap(tap)), normalised(test.tap(tap))
+        rows, unseen = turned(normalised(train.tap(tap)), normalised(test.tap(tap)))
         work = rows.size * len(cfg.costs) * cfg.folds * len(classes) * 10.0
         found = Parallel(n_jobs=processes(work))(
             delayed(of_class)(rows, shown[:, c], unseen, truth[:, c], cfg, seed_of(seed, "svm", tap, c) % 2**32)

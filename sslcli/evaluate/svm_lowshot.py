@@ -16,7 +16,7 @@ from sslcli.config.base import EvaluatorConfig
 from sslcli.config.types import Count, Positive
 from sslcli.errors import DataError
 from sslcli.features.table import I64, FeatureTable, Scores, TableEvaluator
-from sslcli.nn.margin import costs_of, fitted, normalised, processes
+from sslcli.nn.margin import costs_of, fitted, normalised, processes, turned
 from sslcli.nn.ranking import F64, area, recall_and_precision
 from sslcli.seeds import seed_of
 
@@ -72,7 +72,7 @@ def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int) -> Sc
     shown, truth = train.known_targets(), test.known_targets()
     classes = [str(name) for name in train.meta.classes or range(shown.shape[1])]
     _check(shown, truth, classes, cfg.k)
-    rows, unseen = normalised(train.tap(cfg.tap)), normalised(test.tap(cfg.tap))
+    rows, unseen = turned(normalised(train.tap(cfg.tap)), normalised(test.tap(cfg.tap)))
     drawn = list(samples(shown, cfg.k, cfg.samplings, seed))
     work = 10.0 * unseen.shape[1] * len(cfg.costs) * sum(int((targets >= 0).sum()) for targets in drawn)
     found = Parallel(n_jobs=processes(work))(

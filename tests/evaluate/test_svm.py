@@ -11,7 +11,7 @@ from sslcli.config.views import EvalView
 from sslcli.errors import DataError
 from sslcli.evaluate import svm, svm_lowshot
 from sslcli.features.table import FeatureTable, TableMeta
-from sslcli.nn.margin import costs_of, normalised
+from sslcli.nn.margin import costs_of, fitted, normalised, turned
 
 
 def table(rows: np.ndarray, targets: np.ndarray, tap: str = "pooled") -> FeatureTable:
@@ -95,6 +95,41 @@ def test_processes_change_nothing(monkeypatch: pytest.MonkeyPatch):
     alone = svm.score(train, test, cfg, 0)
     monkeypatch.setattr(svm, "processes", lambda work: 2)
     assert svm.score(train, test, cfg, 0) == alone
+
+
+def test_fewer_images_than_numbers_of_each_make_the_same_machines_of_fewer_numbers():
+    rng = np.random.default_rng(0)
+    rows, unseen = normalised(rng.normal(size=(30, 200))), normalised(rng.normal(size=(20, 200)))
+    short, short_unseen = turned(rows, unseen)
+    assert short.shape == (30, 30)
+    assert short_unseen.shape == (20, 30)
+    shown = np.arange(30) % 3 == 0
+    for cost in (100.0, 0.01):
+        whole, less = (fitted(some, shown, cost, 0)[0] for some in (rows, short))
+        assert less.n_iter_ == whole.n_iter_
+        scores = whole.decision_function(unseen)
+        np.testing.assert_allclose(less.decision_function(short_unseen), scores, rtol=0, atol=1e-9)
+    same = turned(short, short_unseen)
+    assert same[0] is short
+
+
+@pytest.mark.parametrize("judge", [svm, svm_lowshot])
+def test_machines_are_fitted_in_few_numbers(judge, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    train, test = (
+        table(np.hstack([part.tap("pooled"), rng.normal(size=(len(part), 200))]), part.known_targets())
+        for part in (scene(40, 3, 0), scene(30, 3, 1))
+    )
+    widths: list[int] = []
+
+    def watched(rows, *rest):
+        widths.append(rows.shape[1])
+        return fitted(rows, *rest)
+
+    monkeypatch.setattr(judge, "fitted", watched)
+    few = {"taps": ("pooled",)} if judge is svm else {"tap": "pooled", "k": (2,), "samplings": 1}
+    judge.score(train, test, judge.Config(costs=(1.0,), **few), 0)
+    assert set(widths) == {40}
 
 
 def test_several_taps_and_one_label_an_image():
