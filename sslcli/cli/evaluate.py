@@ -198,7 +198,8 @@ def _judge(
         return _train(weights, protocol, tables, how, passes)
     if not tables:
         return _job.evaluate(weights, protocol, floors=how.floors, passes=passes, seeds=how.seeds, cached=how.cached)
-    return _job.evaluate_tables(weights, protocol, *(FeatureTable.load(path) for path in tables), seeds=how.seeds)
+    train, test = (FeatureTable.load(path) for path in tables)
+    return _job.evaluate_tables(weights, protocol, train, test, passes=passes, seeds=how.seeds)
 
 
 def _train(

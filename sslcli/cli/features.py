@@ -111,7 +111,10 @@ def weights_of(target: Path, *, allow_partial: bool, part: str | None) -> "Weigh
 
 
 class Passes:
-    """Progress of passes over images: a bar on a terminal, a line now and then elsewhere; only the main rank speaks."""
+    """Progress of passes over images, or of what else takes long: a bar on a terminal, a line now and then elsewhere.
+
+    Only the main rank speaks.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -135,18 +138,19 @@ class Passes:
         self._bar.stop()
 
     def __call__(self, title: str) -> Callable[[int, int], None] | None:
-        """Who is told how far the pass of this title is."""
+        """Who is told how far the pass of this title is; up to a comma the title ends with what is counted."""
         if os.environ.get("RANK", "0") != "0":
             return None
         self._bar.start()
         task = self._bar.add_task(title, total=None, rate="")
+        what = title.partition(",")[0].rpartition(" ")[2]
         begun = said = time.monotonic()
 
         def told(done: int, total: int) -> None:
             nonlocal said
             now = time.monotonic()
             rate = done / max(now - begun, 1e-9)
-            text = f"{rate:.0f} images/s"
+            text = f"{rate:.0f} {what}/s" if rate >= 10 else f"{rate:.1f} {what}/s"
             self._bar.update(task, completed=done, total=total, rate=text)
             if done >= total:
                 self._bar.stop()

@@ -22,14 +22,15 @@ from sslcli.engine.look import Room
 from sslcli.errors import DataError, UserError
 from sslcli.features.baselines import centred, raw_pixels, untrained
 from sslcli.features.cache import FOLDER, Cache, remembered
-from sslcli.features.compute import Told, of_network
-from sslcli.features.table import FeatureTable, Scores, TableEvaluator, numbers_in
+from sslcli.features.compute import of_network
+from sslcli.features.table import FeatureTable, Scores, TableEvaluator, Told, numbers_in
 from sslcli.features.weights import Weights
 
 LEARNED, UNTRAINED, RAW = "learned", "untrained", "raw pixels"
 
 Passes = Callable[[str], Told | None]
-"""Called with the title of each pass over images; gives who wants to know how far it is."""
+"""Called with the title of each pass, which ends with what is counted (`images`); gives who wants to know how far it
+is."""
 
 Judge = TableEvaluator | TrainedEvaluator
 
@@ -128,7 +129,8 @@ def evaluate(
         if train is None or test is None:
             continue
         pair = _numbered_alike(train, test, judge)
-        columns[name] = _scored(judge, *(centred(*pair) if name == RAW else pair), preset.seed, seeds)
+        compared = centred(*pair) if name == RAW else pair
+        columns[name] = _scored(judge, *compared, preset.seed, seeds, name=name, passes=passes)
         if name == LEARNED:
             facts = _facts_of(*pair, configs)
     if not columns:
@@ -139,9 +141,23 @@ def evaluate(
 
 
 def evaluate_tables(
-    weights: Weights, protocol: Protocol, train: FeatureTable, test: FeatureTable, *, seeds: int = 1
+    weights: Weights,
+    protocol: Protocol,
+    train: FeatureTable,
+    test: FeatureTable,
+    *,
+    passes: Passes = lambda title: None,
+    seeds: int = 1,
 ) -> Outcome:
     """Judge features that `ssl features` stored.
+
+    Args:
+        weights: whose features they are.
+        protocol: how.
+        train: the training images' features.
+        test: the test images' features.
+        passes: who is told how far it is, where it takes time.
+        seeds: as in `evaluate`.
 
     Raises:
         DataError: the tables are not of these weights, lack labels, or are of the same images.
@@ -157,7 +173,7 @@ def evaluate_tables(
     if train.digest() == test.digest() and not judge.same_images:
         raise _same("both tables are of the same images")
     pair = _numbered_alike(train, test, judge)
-    columns = {LEARNED: _scored(judge, *pair, protocol.preset.seed, seeds)}
+    columns = {LEARNED: _scored(judge, *pair, protocol.preset.seed, seeds, name=LEARNED, passes=passes)}
     trained_on = weights.manifest.source
     own = trained_on is not None and train.meta.source == trained_on.fingerprint
     return outcome_of(weights, protocol, judge, columns, _facts_of(*pair, None), own=own, seeds=seeds)
@@ -178,12 +194,25 @@ def check_seeds(judge: TableEvaluator, seeds: int) -> None:
         raise UserError("this evaluation draws nothing: every seed gives the same result", hint="leave out `--seeds`")
 
 
-def _scored(judge: TableEvaluator, train: FeatureTable, test: FeatureTable, seed: int, seeds: int) -> Scores:
+def _scored(
+    judge: TableEvaluator,
+    train: FeatureTable,
+    test: FeatureTable,
+    seed: int,
+    seeds: int,
+    *,
+    name: str,
+    passes: Passes,
+) -> Scores:
     """What the evaluator finds; of many seeds the mean of each metric and its deviation over them."""
     train.check_finite("the training images")
     if test is not train:
         test.check_finite("the test images")
-    return mean_of([judge.score(train, test, seed + number) for number in range(seeds)], seed)
+    found = []
+    for one in range(seed, seed + seeds):
+        told = passes(f"{name}: {judge.counts}") if judge.counts else None
+        found.append(judge.score(train, test, one) if told is None else judge.score(train, test, one, told))
+    return mean_of(found, seed)
 
 
 def mean_of(found: Sequence[Scores], first: int) -> Scores:

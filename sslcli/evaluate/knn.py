@@ -57,7 +57,7 @@ class Neighbours(NamedTuple):
 def build(cfg: Config) -> TableEvaluator:
     """The evaluator for these settings."""
     return TableEvaluator(
-        score=lambda train, test, seed: score(train, test, cfg, seed),
+        score=lambda train, test, seed, told=None: score(train, test, cfg, seed),
         taps=(cfg.tap,),
         headline=f"top1_k{20 if 20 in cfg.k else cfg.k[0]}",
         same_images=cfg.leave_one_out,

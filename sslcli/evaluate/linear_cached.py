@@ -38,7 +38,7 @@ class Config(EvaluatorConfig):
 def build(cfg: Config) -> TableEvaluator:
     """The evaluator for these settings."""
     return TableEvaluator(
-        score=lambda train, test, seed: score(train, test, cfg, seed), taps=(cfg.tap,), headline="top1",
+        score=lambda train, test, seed, told=None: score(train, test, cfg, seed), taps=(cfg.tap,), headline="top1",
         draws=len(cfg.c) > 1,
     )  # fmt: skip
 

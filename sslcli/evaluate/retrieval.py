@@ -49,7 +49,7 @@ class Config(EvaluatorConfig):
 def build(cfg: Config) -> TableEvaluator:
     """The evaluator for these settings."""
     return TableEvaluator(
-        score=lambda train, test, seed: score(train, test, cfg, seed),
+        score=lambda train, test, seed, told=None: score(train, test, cfg, seed),
         taps=(cfg.tap,),
         headline="map",
         same_images=cfg.leave_one_out,

@@ -17,8 +17,8 @@ from sklearn.model_selection import StratifiedKFold
 from sslcli.config.base import EvaluatorConfig
 from sslcli.config.types import Positive
 from sslcli.errors import DataError
-from sslcli.features.table import I64, FeatureTable, Scores, TableEvaluator
-from sslcli.nn.margin import costs_of, fitted, normalised, processes, turned
+from sslcli.features.table import I64, FeatureTable, Scores, TableEvaluator, Told
+from sslcli.nn.margin import costs_of, counted, fitted, normalised, processes, turned
 from sslcli.nn.ranking import F64, area, at_eleven_points, recall_and_precision
 from sslcli.seeds import seed_of
 
@@ -44,19 +44,21 @@ class Config(EvaluatorConfig):
 def build(cfg: Config) -> TableEvaluator:
     """The evaluator for these settings."""
     return TableEvaluator(
-        score=lambda train, test, seed: score(train, test, cfg, seed),
+        score=lambda train, test, seed, told=None: score(train, test, cfg, seed, told),
         taps=cfg.taps,
         headline=_metric(cfg, cfg.taps[-1]),
         draws=True,
+        counts="machines",
         many_classes=True,
     )
 
 
-def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int) -> Scores:
+def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int, told: Told | None = None) -> Scores:
     """Mean over classes of average precision on the test images, in percent.
 
     Images that show a class but are hard to see are negatives in training and left out of the test of that class, as
-    in the protocol's own code. Training images of one class each work too: one class against the rest.
+    in the protocol's own code. Training images of one class each work too: one class against the rest. `told` hears
+    after every class how many machines are fitted.
 
     Raises:
         DataError: a table lacks labels or the wanted features, a class is shown by no image of a table, or there are
@@ -75,13 +77,16 @@ def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int) -> Sc
             )
     metrics: dict[str, float] = {}
     details: dict[str, dict[str, object]] = {}
-    for tap in cfg.taps:
+    machines = len(cfg.costs) * cfg.folds + 1  # of a class
+    for number, tap in enumerate(cfg.taps):
         rows, unseen = turned(normalised(train.tap(tap)), normalised(test.tap(tap)))
         work = rows.size * len(cfg.costs) * cfg.folds * len(classes) * 10.0
-        found = Parallel(n_jobs=processes(work))(
+        results = Parallel(n_jobs=processes(work), return_as="generator")(
             delayed(of_class)(rows, shown[:, c], unseen, truth[:, c], cfg, seed_of(seed, "svm", tap, c) % 2**32)
             for c in range(len(classes))
         )
+        done, of_all = (taps * len(classes) * machines for taps in (number, len(cfg.taps)))
+        found = list(counted(results, told, machines, done, of_all))
         metrics[_metric(cfg, tap)] = 100 * float(np.mean([each[0] for each in found]))
         details[tap] = {
             "ap": {name: 100 * each[0] for name, each in zip(classes, found, strict=True)},

@@ -15,8 +15,8 @@ from pydantic import Field
 from sslcli.config.base import EvaluatorConfig
 from sslcli.config.types import Count, Positive
 from sslcli.errors import DataError
-from sslcli.features.table import I64, FeatureTable, Scores, TableEvaluator
-from sslcli.nn.margin import costs_of, fitted, normalised, processes, turned
+from sslcli.features.table import I64, FeatureTable, Scores, TableEvaluator, Told
+from sslcli.nn.margin import costs_of, counted, fitted, normalised, processes, turned
 from sslcli.nn.ranking import F64, area, recall_and_precision
 from sslcli.seeds import seed_of
 
@@ -51,15 +51,16 @@ class Summary(NamedTuple):
 def build(cfg: Config) -> TableEvaluator:
     """The evaluator for these settings."""
     return TableEvaluator(
-        score=lambda train, test, seed: score(train, test, cfg, seed),
+        score=lambda train, test, seed, told=None: score(train, test, cfg, seed, told),
         taps=(cfg.tap,),
         headline=f"map_k{max(cfg.k)}",
         draws=True,
+        counts="machines",
         many_classes=True,
     )
 
 
-def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int) -> Scores:
+def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int, told: Told | None = None) -> Scores:
     """For every k, the mean over samplings of mAP on the test images, in percent, with its spread.
 
     The cost is chosen on the test images, as in the protocol's own code: the number is an upper bound of what a choice
@@ -75,7 +76,7 @@ def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int) -> Sc
     rows, unseen = turned(normalised(train.tap(cfg.tap)), normalised(test.tap(cfg.tap)))
     drawn = list(samples(shown, cfg.k, cfg.samplings, seed))
     work = 10.0 * unseen.shape[1] * len(cfg.costs) * sum(int((targets >= 0).sum()) for targets in drawn)
-    found = Parallel(n_jobs=processes(work))(
+    results = Parallel(n_jobs=processes(work), return_as="generator")(
         delayed(of_class)(
             rows[targets[:, c] >= 0],
             targets[targets[:, c] >= 0, c],
@@ -87,6 +88,7 @@ def score(train: FeatureTable, test: FeatureTable, cfg: Config, seed: int) -> Sc
         for number, targets in enumerate(drawn)
         for c in range(len(classes))
     )
+    found = list(counted(results, told, len(cfg.costs), 0, len(drawn) * len(classes) * len(cfg.costs)))
     by_class = np.array(found).reshape(cfg.samplings, len(cfg.k), len(classes), len(cfg.costs))
     summary = summarised(by_class.mean(axis=2).transpose(1, 0, 2))
     at = np.arange(len(cfg.k)), summary.best

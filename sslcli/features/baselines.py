@@ -9,8 +9,8 @@ from torch import Tensor
 from sslcli.config.views import EvalView, Normalize
 from sslcli.data.source import Source
 from sslcli.engine.look import Room, in_memory
-from sslcli.features.compute import Told, of_function, of_network
-from sslcli.features.table import FeatureTable
+from sslcli.features.compute import of_function, of_network
+from sslcli.features.table import FeatureTable, Told
 from sslcli.features.weights import network
 
 RAW_SIDE = 32

@@ -15,7 +15,8 @@ from sslcli.data.source import I64, Source, UnreadableImage
 from sslcli.engine import checkpoint
 from sslcli.engine.show import plain
 from sslcli.errors import UserError
-from sslcli.features.compute import Told, of_network
+from sslcli.features.compute import of_network
+from sslcli.features.table import Told
 from sslcli.features.weights import Weights
 from sslcli.seeds import permutation, permuted, seed_of
 from sslcli.views import Row, page

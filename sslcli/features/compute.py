@@ -10,13 +10,10 @@ from sslcli.contracts import Backbone
 from sslcli.data.source import Source
 from sslcli.engine.look import Room, features_of, in_memory
 from sslcli.engine.machine import default_workers
-from sslcli.features.table import FeatureTable, TableMeta
+from sslcli.features.table import FeatureTable, TableMeta, Told
 from sslcli.nn.pooling import as_vectors
 from sslcli.nn.taps import check_taps, parse_tap
 from sslcli.views import build_eval
-
-Told = Callable[[int, int], None]
-"""Called with images done and images to do."""
 
 
 def of_network(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from sslcli.errors import DataError, SslError
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
+Told = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
 
 _PREFIX = "features_"
 _BLOCK = 8192  # rows looked at together
@@ -256,12 +258,20 @@ class Scores:
     """Of metrics that are means over draws, the standard deviation over them (of the population)."""
 
 
+class Score(Protocol):
+    """What judges features."""
+
+    def __call__(self, train: FeatureTable, test: FeatureTable, seed: int, told: Told | None = None) -> Scores:
+        """From training table, test table (labels in the same numbering) and seed; `told` hears how far it is."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TableEvaluator:
     """What an evaluator of stored features gives to its caller: `build` of such a module makes one."""
 
-    score: Callable[[FeatureTable, FeatureTable, int], Scores]
-    """From training table, test table (labels in the same numbering) and seed."""
+    score: Score
+    """What it finds; it is given no `told` unless `counts` says what that would count."""
     taps: tuple[str, ...]
     """The features it reads."""
     headline: str
@@ -272,6 +282,8 @@ class TableEvaluator:
     """Whether the seed changes its result."""
     many_classes: bool = False
     """Whether an image may show several classes."""
+    counts: str = ""
+    """What it counts while it works, in one word, e.g. `machines`; empty where that takes no time to speak of."""
     new_classes: bool = False
     """Whether test images may be of classes that no training image shows."""
 

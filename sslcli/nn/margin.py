@@ -1,12 +1,16 @@
 """Linear support vector machines, one class against the rest, as the VOC07 protocol trains them."""
 
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 
 from sslcli.nn.ranking import F64, I64
+
+R = TypeVar("R")
 
 TINY = 1e-5
 """Added to a row's length before it is divided by it."""
@@ -61,6 +65,17 @@ def fitted(rows: F64, shown: I64, cost: float, seed: int) -> tuple[LinearSVC, bo
 def costs_of(given: tuple[float, ...]) -> tuple[float, ...]:
     """The costs the protocol always tries beside those that are given: 0.5^4, ..., 0.5^19, after them."""
     return (*given, *(0.5**power for power in range(4, 20)))
+
+
+def counted(
+    results: Iterable[R], told: Callable[[int, int], None] | None, machines: int, done: int, of_all: int
+) -> Iterator[R]:
+    """The same results; each stands for so many machines, and `told` hears how many of all are done."""
+    for result in results:
+        done += machines
+        if told is not None:
+            told(done, of_all)
+        yield result
 
 
 def processes(work: float) -> int:

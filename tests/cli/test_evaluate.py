@@ -53,6 +53,14 @@ def test_every_evaluator_is_a_command_and_says_what_it_is(run: Path):
     assert "next: ssl runs show run" in done.stderr
 
 
+def test_machines_are_counted_while_they_are_fitted(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sslcli.cli.features.EVERY", 0.0)
+    done = ran("eval", "svm", run, "-o", "evaluator.costs=[1]", "-o", "evaluator.taps=[pooled]")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("learned: machines: ")]
+    assert [line.split()[2] for line in lines] == [f"{4 * classes}/40," for classes in range(1, 10)]
+    assert all("machines/s" in line and line.endswith("s to go") for line in lines)
+
+
 def test_weights_without_a_run_keep_their_report_beside_them(run: Path, tmp_path: Path):
     ran("extract", run, "--out", "away/mine.safetensors")
     assert "report: away/reports/knn-v1@mine.json" in ran("eval", "knn", "away/mine.safetensors").stderr

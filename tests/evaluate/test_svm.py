@@ -132,6 +132,21 @@ def test_machines_are_fitted_in_few_numbers(judge, monkeypatch: pytest.MonkeyPat
     assert set(widths) == {40}
 
 
+@pytest.mark.parametrize(
+    ("judge", "settings", "wanted"),
+    [
+        (svm, {"taps": ("pooled", "pooled"), "folds": 2}, [(n, 30) for n in (5, 10, 15, 20, 25, 30)]),
+        (svm_lowshot, {"tap": "pooled", "k": (1, 2), "samplings": 1}, [(n, 12) for n in (2, 4, 6, 8, 10, 12)]),
+    ],
+)
+def test_it_is_told_how_many_machines_are_fitted(judge, settings, wanted):
+    told: list[tuple[int, int]] = []
+    cfg = judge.Config(costs=(0.1, 1.0), **settings)
+    found = judge.score(scene(60, 3, 0), scene(40, 3, 1), cfg, 0, lambda done, of_all: told.append((done, of_all)))
+    assert told == wanted
+    assert found == judge.score(scene(60, 3, 0), scene(40, 3, 1), cfg, 0)
+
+
 def test_several_taps_and_one_label_an_image():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
