@@ -1,5 +1,6 @@
 """ssl tsne: which images does a network find alike?"""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,6 +46,7 @@ def tsne(
     from sslcli.features.compute import of_network
     from sslcli.features.embed import few, in_plane
     from sslcli.runs import scatter
+    from sslcli.runs.folder import Run
 
     if out.suffix not in (".png", ".html"):
         raise UserError(f"`--out {out}` ends neither in `.png` nor in `.html`", hint=f"use `--out {out.stem}.html`")
@@ -75,6 +77,12 @@ def tsne(
         names, pictures = [source.name(i) for i in index], [source.read(i) for i in index]
         scatter.page(points, table.labels, table.meta.classes, names, pictures, title, out)
     print(out)
-    images_of = " --train DIR --test DIR" if weights.manifest.preset is None else ""
-    judge = f"ssl eval knn {target}{images_of}"
-    print(f"next: {'open it in a browser' if out.suffix == '.html' else judge}", file=sys.stderr)
+    if out.suffix == ".html":
+        step = "open it in a browser"
+    elif table.labels is None:  # nothing to judge by; with a page one sees what lies together
+        step = shlex.join(["ssl", "tsne", str(target), "--data", str(data), "--out", str(out.with_suffix(".html"))])
+    elif weights.run is not None:
+        step = Run(weights.run).evaluation
+    else:
+        step = f"ssl eval knn {target} --train DIR --test DIR"
+    print(f"next: {step}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -90,3 +91,10 @@ def test_the_command_writes_both_kinds_and_computes_once(run: Path, tmp_path: Pa
     }.items():
         with pytest.raises(UserError, match=message):
             drawn(*words)
+
+
+def test_unlabelled_images_are_not_to_be_judged(run: Path):
+    np.savez("unknown.npz", images=coloured_digits("train", 20, 32, 1).resident())
+    done = ran("tsne", run, "--data", "unknown.npz", "--out", "map.png")
+    assert done.stderr.endswith("next: ssl tsne run --data unknown.npz --out map.html\n")
+    assert ran(*shlex.split(done.stderr.split("next: ssl ")[1])).stdout == "map.html\n"
