@@ -52,7 +52,7 @@ def features(
     if not wanted:
         raise UserError("`--taps` names no place in the network", hint="leave it out for `pooled`")
     if out.suffix != ".npz":
-        raise UserError(f"`--out {out}` does not end in `.npz`", hint=f"use `--out {out}.npz`")
+        raise UserError(f"`--out {out}` does not end in `.npz`", hint=f"use `--out {out.with_suffix('.npz')}`")
     config = guess_source(data)
     if _split(split) == "test":
         found = other_split(config)

@@ -63,4 +63,7 @@ def test_what_cannot_work_is_refused_with_the_fix(tiny_run: Path, images: Path):
     ):
         with pytest.raises(kind, match=told):
             ran(tiny_run, *words)
+    with pytest.raises(UserError) as caught:
+        ran(tiny_run, "--data", images, "--out", "f.npy")
+    assert caught.value.hint == "use `--out f.npz`"
     assert not list(Path().glob("f.*"))
