@@ -62,7 +62,7 @@ def _judge(learned: "Weights", evaluator: str, terminal: Terminal) -> "Outcome |
     from sslcli.errors import DataError
     from sslcli.evaluate._job import evaluate
 
-    protocol = protocol_of(evaluator, newest(evaluator), (), None, {})
+    protocol = protocol_of(evaluator, newest(evaluator), (), None, {}, learned.file)
     try:
         return evaluate(learned, protocol, floors=True, passes=lambda title: None)
     except DataError as error:

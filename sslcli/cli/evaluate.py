@@ -71,7 +71,7 @@ def command(evaluator: str) -> Callable[..., None]:
             raise UserError("`--data` and `--train` exclude each other", hint="use `--train` together with `--test`")
         tables = _tables(train, test, floors)
         images = {} if tables else {"train": data or train, "test": test}
-        protocol = protocol_of(evaluator, preset or newest(evaluator), override or (), seed, images)
+        protocol = protocol_of(evaluator, preset or newest(evaluator), override or (), seed, images, target)
         share(gpus, procs)
         with dist.joined(), Passes() as passes:
             weights = weights_of(target, allow_partial=allow_partial, part=part)
@@ -127,9 +127,14 @@ def newest(evaluator: str) -> str:
 
 
 def protocol_of(
-    evaluator: str, name: str, overrides: Sequence[str], seed: int | None, images: dict[str, Path | None]
+    evaluator: str,
+    name: str,
+    overrides: Sequence[str],
+    seed: int | None,
+    images: dict[str, Path | None],
+    target: Path,
 ) -> "Protocol":
-    """A protocol with what the command line changes about it."""
+    """A protocol with what the command line changes about it; an error names the command for the same target."""
     from sslcli.config.load import load
     from sslcli.data import guess_source
     from sslcli.evaluate._job import Protocol
@@ -144,7 +149,8 @@ def protocol_of(
     frozen, loaded = load("eval", name), load("eval", name, overrides, flags)
     if loaded.preset.evaluator.name != evaluator:
         wanted = loaded.preset.evaluator.name.replace("_", "-")
-        raise UserError(f"protocol `{name}` is not for this evaluator", hint=f"use `ssl eval {wanted} --preset {name}`")
+        command = shlex.join(["ssl", "eval", wanted, str(target), "--preset", name])
+        raise UserError(f"protocol `{name}` is not for this evaluator", hint=f"use `{command}`")
     return Protocol(Path(name).stem if name.endswith((".yaml", ".yml")) else name, frozen.preset, loaded.preset)
 
 

@@ -91,7 +91,7 @@ def test_what_cannot_work_is_refused_with_the_fix(run: Path, tmp_path: Path):
         ran("eval", "knn", run, "--data", ".", "--train", ".")
     with pytest.raises(UserError, match="not for this evaluator") as caught:
         ran("eval", "knn", run, "--preset", "linear-cached-v1")
-    assert caught.value.hint == "use `ssl eval linear-cached --preset linear-cached-v1`"
+    assert caught.value.hint == "use `ssl eval linear-cached run --preset linear-cached-v1`"
     with pytest.raises(UserError, match="no run folder or weights file `gone`"):
         ran("eval", "knn", "gone")
     with pytest.raises(UserError, match="no preset `knn-v9`; did you mean `knn-v1`"):
