@@ -12,7 +12,7 @@ import typer
 from sslcli.cli.features import Partial
 from sslcli.cli.methods import title
 from sslcli.cli.options import Json, Layout, PartOf
-from sslcli.config.choice import none_such
+from sslcli.config.choice import nearest
 from sslcli.config.yaml_file import parse_value
 from sslcli.errors import UserError
 
@@ -153,9 +153,12 @@ def _writer(target: str) -> "Writer":
 
     known = targets()
     if target not in known:
+        close = nearest(target, (OURS, *known))
+        titles = {OURS: "ssl itself, from another tool's file."}
+        titles |= {name: title(DIALECTS / f"{name}.py") for name in known}
         raise UserError(
-            none_such(target, (OURS, *known)),
-            hint="\n".join(["there is", *(f"  {name}: {title(DIALECTS / f'{name}.py')}" for name in known)]),
+            f"no `{target}`; did you mean `{close}`?" if close else f"`{target}` is no tool that files are written for",
+            hint="\n".join(["choose one of", *(f"  {name}: {said}" for name, said in titles.items())]),
         )
     made: Any = vars(choice.module("sslcli.convert", target))["write"]
     writer: Writer = made

@@ -45,6 +45,10 @@ def test_what_does_not_go_together_is_refused(tiny_run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no `detectron`; did you mean `detectron2`") as caught:
         ran("convert", "detectron", tiny_run, tmp_path / "r.pkl")
     assert "mmpretrain: MMPretrain" in str(caught.value.hint)
+    with pytest.raises(UserError, match=r"^`nosuch` is no tool that files are written for$") as caught:
+        ran("convert", "nosuch", tiny_run, tmp_path / "r.pkl")
+    choices = [line.split(":")[0].strip() for line in str(caught.value.hint).splitlines()[1:]]
+    assert choices == ["ssl", *targets()]
     assert not list(tmp_path.iterdir())
 
 
