@@ -156,6 +156,12 @@ def _parse(text: str, label: str | None, origin: dict[str, str]) -> Any:
                 raise PresetError(f"{where(key_node.start_mark)}merge keys (`<<`) are not read here; use `extends`")
             if not isinstance(word, str):
                 raise PresetError(f"{where(key_node.start_mark)}a key must be text (got {word!r})")
+            if node.flow_style and not key_node.style and ":" in word and value_node.start_mark == value_node.end_mark:
+                before, _, behind = word.partition(":")
+                raise PresetError(
+                    f"{where(key_node.start_mark)}a space is missing after the colon of `{word}`: write "
+                    f"`{before}: {behind}`"
+                )
             if word in data:
                 raise PresetError(
                     f"{where(key_node.start_mark)}`{_join(key, word)}` is given twice, first on line {lines[word]}"

@@ -73,6 +73,18 @@ def test_values_that_do_not_close_are_refused(text: str) -> None:
         yaml_file.parse_value(text)
 
 
+@pytest.mark.parametrize("text", ["{name:/x.py}", "{depth: 18, name:/x.py}", "[{name:/x.py}]"])
+def test_a_colon_without_a_space_is_told(text: str, tmp_path: Path) -> None:
+    wanted = "a space is missing after the colon of `name:/x.py`: write `name: /x.py`"
+    with pytest.raises(PresetError, match=f"^{wanted}$"):
+        yaml_file.parse_value(text)
+    path = tmp_path / "x.yaml"
+    path.write_text(f"seed: 1\nmethod: {text}\n")
+    with pytest.raises(PresetError, match=f"x.yaml:2: {wanted}$"):
+        yaml_file.read(path)
+    assert yaml_file.parse_value("{url: http://x, 'a:b': , a: }") == {"url": "http://x", "a:b": None, "a": None}
+
+
 def test_every_key_and_item_knows_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("sub").mkdir()
