@@ -250,7 +250,7 @@ def _dry_run(preset: "PretrainPreset", gpus: int | None) -> None:
 
     check_devices(gpus)
     for name, value in dry_run(preset):
-        print(f"{name:<14} {value}")
+        print(f"{name:<14} {value}" if name else value)
     print("nothing was written; leave out `--dry-run` to start", file=sys.stderr)
 
 

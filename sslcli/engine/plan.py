@@ -134,7 +134,8 @@ def dry_run(preset: PretrainPreset, *, steps: int = 2) -> list[tuple[str, str]]:
     """Validate preset, data and machine by taking a few real steps; nothing is written.
 
     Returns:
-        Rows (name, value) to print: parameters, memory, images per second, time and disk needed, learning rate.
+        Rows (name, value) to print: parameters, memory, images per second, time and disk needed, learning rate; at
+        last, without a name, the table of parameter groups.
     """
     losses, seconds = [], []
     with closing(assembled(preset)) as parts:
@@ -163,7 +164,7 @@ def dry_run(preset: PretrainPreset, *, steps: int = 2) -> list[tuple[str, str]]:
         ("speed", f"{rate:.1f} images/s (from {len(seconds)} steps)"),
         ("time", f"about {_duration(facts.total_steps * preset.data.batch_size / rate)}"),
         ("disk", f"about {bytes_written * (preset.run.checkpoints.keep.last + 1) / 1e6:.0f} MB of checkpoints"),
-        ("groups", "\n" + parts.groups),
+        ("", parts.groups),
     ]  # fmt: skip
 
 

@@ -59,7 +59,10 @@ def test_a_finished_run_says_so(tmp_path: Path):
 
 def test_a_dry_run_writes_nothing(tmp_path: Path):
     done = ssl("pretrain", "--preset", "demo-digits", "--dry-run", *QUICK, cwd=tmp_path)
-    assert "parameters" in done.stdout
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("parameters  ") for line in lines)
+    assert [line for line in lines if len(line.split()) < 2] == []
+    assert sum(line.startswith("group") for line in lines) == 1  # the head of the table, and no empty line before it
     assert list(tmp_path.iterdir()) == []
 
 
