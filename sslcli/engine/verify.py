@@ -21,6 +21,7 @@ from torch import Tensor
 from sslcli import seeds
 from sslcli.config.load import from_data
 from sslcli.config.presets import PretrainPreset, as_data
+from sslcli.config.views import Masked
 from sslcli.config.yaml_file import dump
 from sslcli.engine import checkpoint
 from sslcli.errors import EXIT_RESUMABLE, SslError
@@ -53,25 +54,25 @@ class Verdict:
 def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPreset:
     """The same method, backbone, optimiser and schedule on small drawn pictures, for a few steps.
 
-    What cannot stay: images and views become 32 px, the batch 16 per rank and slice; groups of batch norm,
-    numbers of negatives and of clusters are cut down to fit.
+    What cannot stay: images and views become 32 px, or the most below that whole patches fill, the batch 16 per rank
+    and slice; groups of batch norm, numbers of negatives and of clusters are cut down to fit.
     """
-    data = as_data(preset)
+    data, side = as_data(preset), _side(preset)
     share = 16
     accumulate = data["run"]["accumulate"]
     batch = share * ranks * accumulate
     data["data"] = {
-        "source": {"name": "coloured_digits", "count": 6 * batch, "size": SIDE},
+        "source": {"name": "coloured_digits", "count": 6 * batch, "size": side},
         "batch_size": batch,
         "workers": 0,
     }
-    data["views"] = preset.views.shrunk(SIDE).model_dump(mode="json")
+    data["views"] = preset.views.shrunk(side).model_dump(mode="json")
     limits = {"negatives": share, "clusters": share, "components": share, "pool": 2 * share, "min_cluster": 2}
     for size, limit in limits.items():
         if isinstance(data["method"].get(size), int):
             data["method"][size] = min(data["method"][size], limit)
     if "image_size" in data["backbone"]:
-        data["backbone"]["image_size"] = SIDE
+        data["backbone"]["image_size"] = side
     run = data["run"]
     norm = run["batch_norm"]
     run.update(
@@ -86,6 +87,12 @@ def small_copy(preset: PretrainPreset, *, steps: int, ranks: int) -> PretrainPre
     )
     made: PretrainPreset = from_data("pretrain", data)
     return made
+
+
+def _side(preset: PretrainPreset) -> int:
+    """Side of a small copy's images: 32 px, or the most below that whole patches fill; one patch, if that is more."""
+    patch = getattr(preset.backbone, "patch", preset.views.patch if isinstance(preset.views, Masked) else 1)
+    return max(1, SIDE // patch) * patch
 
 
 def verify_resume(
