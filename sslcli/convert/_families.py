@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sslcli.backbones import beit as beit_backbone
@@ -12,6 +13,7 @@ from sslcli.backbones import vit as vit_backbone
 from sslcli.backbones.resnet import BASIC, BOTTLENECK
 from sslcli.convert._layout import Facts, Inferred, Tensors
 from sslcli.errors import WeightsError
+from sslcli.nn.sobel import Sobel
 
 GROUPED: dict[tuple[tuple[int, ...], int, int], str] = {
     ((3, 4, 6, 3), 128, 32): "resnext50_32x4d",
@@ -30,15 +32,18 @@ def resnet(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:
         WeightsError: it is none that can be built here.
     """
     width, colours, side, _ = ours["conv1.weight"].shape
-    if colours != 3:
-        raise WeightsError(f"the first convolution takes {colours} channels, networks here take 3 colours")
+    if colours not in (2, 3):
+        raise WeightsError(
+            f"the first convolution takes {colours} channels, networks here 3 colours or 2 maps of slopes"
+        )
+    front = {"sobel": True} if colours == 2 else {}
     counts = tuple(_count(ours, f"layer{stage}.") for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in ours
     middle = ours["layer1.0.conv2.weight"].shape
     groups = middle[0] // middle[1] if bottleneck else 1
     if bottleneck and (groups > 1 or middle[0] != width):
         named = GROUPED.get((counts, middle[0], groups))
-        if named is None or width != 64 or side != 7:
+        if named is None or width != 64 or side != 7 or front:
             raise WeightsError(f"a residual network of {counts} blocks with {groups} groups of {middle[1]} channels")
         return Inferred({"name": "timm", "model": named})
     known = BOTTLENECK if bottleneck else BASIC
@@ -49,7 +54,24 @@ def resnet(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:
     if side == 3:
         notes = ("the first convolution is 3 x 3: taken to have stride 1 and padding 1 and no pooling after it",)
     stem = "imagenet" if side == 7 else "cifar"
-    return Inferred({"name": "resnet", "depth": depth, "width": width, "stem": stem}, notes)
+    return Inferred({"name": "resnet", "depth": depth, "width": width, "stem": stem, **front}, notes)
+
+
+def slopes(beside: Tensors) -> tuple[str, ...]:
+    """What is to be said of a network that looks at slopes, whose filters a file has beside it or not at all.
+
+    Raises:
+        WeightsError: they are others than ours.
+    """
+    ours = Sobel()
+    wanted = {"sobel.0.weight": ours.grey, "sobel.1.weight": ours.kernels, "sobel.0.bias": 0, "sobel.1.bias": 0}
+    theirs = [(name, end, beside[name]) for name in beside for end in wanted if name.endswith(end)]
+    for name, end, filters in theirs:
+        if not torch.allclose(filters.float(), torch.as_tensor(wanted[end]).expand_as(filters).float(), atol=1e-6):
+            raise WeightsError(f"`{name}` is none of the Sobel filters that `resnet` has in front of 2 channels")
+    if theirs:
+        return ()
+    return ("the first convolution takes 2 channels: taken to be slopes by Sobel filters, which are not in the file",)
 
 
 def vit(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:

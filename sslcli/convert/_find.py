@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslcli.config import choice
 from sslcli.config.views import EvalView, Interpolation, Normalize
-from sslcli.convert._families import FAMILIES
+from sslcli.convert._families import FAMILIES, slopes
 from sslcli.convert._file import Opened, open_file
 from sslcli.convert._layout import Dialect, Facts, Layout, Network, Part, Tensors
 from sslcli.convert._rules import to_ours, unknown
@@ -115,6 +115,12 @@ def recognise(path: Path, *, layout: str | None = None) -> Recognised:
     fitting = [found for one in known if (found := _fit(one, opened, tensors)) is not None]
     if not fitting:
         shown = ", ".join(f"`{name}`" for name in names[:3])
+        if {"features.0.weight", "top_layer.weight"} <= {name.replace("module.", "") for name in names}:
+            raise WeightsError(
+                f"`{path}` holds an AlexNet or VGG of DeepCluster (facebookresearch/deepcluster), and ssl has no such "
+                "backbone: of DeepCluster's networks it builds ResNets alone",
+                hint="the preset `deepcluster-sobel-r50-200e` trains such a ResNet",
+            )
         raise WeightsError(
             f"`{path}` holds {len(names)} tensors in no layout that ssl knows: {shown}, …",
             hint=f"`ssl inspect {path} --keys` lists them; docs/reference/layouts.md says what is recognised",
@@ -186,6 +192,7 @@ def convert(
             raise WeightsError(f"it lacks `{found.prefix}{applied.unused[0]}`")
         tensors = applied.tensors if found.dialect.after is None else found.dialect.after(applied.tensors)
         inferred = FAMILIES[found.dialect.family](tensors, raw, _told(known.opened.facts, changes or {}))
+        front = slopes(known.tensors) if inferred.backbone.get("sobel") else ()
     except (WeightsError, KeyError, ValueError, IndexError) as error:
         raise WeightsError(
             f"`{path}`, {known.layout.title}, holds a network that cannot be built here: {str(error) or repr(error)}"
@@ -195,7 +202,7 @@ def convert(
     backbone = {**inferred.backbone, **{key: value for key, value in (changes or {}).items() if key != "heads"}}
     sized = "size" in backbone and "heads" not in backbone and bool(known.layout.signs)
     settled = (*(changes or {}), *(("heads",) if sized else ()))  # a project's own sizes have their own heads
-    notes = [note for note in inferred.notes if not any(key in note for key in settled)]
+    notes = [note for note in (*inferred.notes, *front) if not any(key in note for key in settled)]
     added = _counters(tensors)
     if added:
         tensors = {**tensors, **added}

@@ -17,6 +17,7 @@ from sslcli.convert._find import convert, layouts, recognise
 from sslcli.convert._rules import Rule, to_ours, to_theirs
 from sslcli.errors import WeightsError
 from sslcli.features.weights import begin_with, load, take_in
+from sslcli.nn.sobel import Sobel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 R50 = {"name": "resnet", "depth": 50, "width": 64, "stem": "imagenet"}
@@ -72,6 +73,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any] | None]] = {
     "mmselfsup0_simmim_swin_base": ("openmmlab", "backbone.", "simmim", SWIN),
     "mmselfsup0x_barlowtwins": ("openmmlab", "backbone.", "barlowtwins", R50),
     "mmselfsup0x_byol": ("openmmlab", "online_net.0.", "byol", R50),
+    "mmselfsup0x_deepcluster": ("openmmlab", "backbone.", "deepcluster", {**R50, "sobel": True}),
     "mmselfsup0x_mocov1": ("openmmlab", "encoder_q.0.", "moco", R50),
     "mmselfsup0x_mocov2": ("openmmlab", "encoder_q.0.", "moco", R50),
     "mmselfsup0x_mocov3": ("openmmlab", "base_encoder.0.", "mocov3", SMALL_12),
@@ -99,8 +101,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any] | None]] = {
     "vit_base_hf_v5": ("huggingface", "vit.", "unknown", vit("base")),
 }
 REFUSED = {
-    "deepcluster_alexnet": "in no layout that ssl knows",
-    "mmselfsup0x_deepcluster": "first convolution takes 2 channels",
+    "deepcluster_alexnet": "an AlexNet or VGG of DeepCluster .*, and ssl has no such backbone",
     "mocov3_vit_conv_small_backbone": "in no layout that ssl knows",
 }
 
@@ -108,7 +109,9 @@ REFUSED = {
 def shapes(name: str) -> dict[str, Tensor]:
     """The tensors of a recorded layout; their zeros take no room."""
     told = json.loads((GOLDEN / "layouts" / f"{name}.json").read_text())
-    return {key: torch.zeros(()).expand(shape) for key, shape in told.items()}
+    zeros = {key: torch.zeros(()).expand(shape) for key, shape in told.items()}
+    filters = {"sobel.0.weight": Sobel().grey, "sobel.1.weight": Sobel().kernels}
+    return {key: filters.get(".".join(key.split(".")[-3:]), tensor) for key, tensor in zeros.items()}
 
 
 def saved(path: Path, content: Any) -> Path:
@@ -143,6 +146,34 @@ def test_official_keys_are_recognised(name: str, tmp_path: Path):
 def test_networks_that_are_not_to_be_had_here_are_refused(name: str, tmp_path: Path):
     with pytest.raises(WeightsError, match=REFUSED[name]) as caught:
         convert(saved(tmp_path / "x.pth", {"state_dict": shapes(name)}))
+    assert "\n" not in caught.value.message
+
+
+def test_a_network_on_slopes_of_openmmlab_is_the_same_here(tmp_path: Path):
+    """Beside the trunk, the filters as MMSelfSup has them: two convolutions, the second without a sum over colours."""
+    torch.manual_seed(0)
+    trunk = torchvision.models.resnet18()
+    trunk.conv1 = torch.nn.Conv2d(2, 64, 7, stride=2, padding=3, bias=False)
+    trunk.fc = torch.nn.Identity()
+    grey, edges = torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 2, 3, padding=1)
+    grey.weight.data.fill_(1 / 3)
+    edges.weight.data[0, 0] = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+    edges.weight.data[1, 0] = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]])
+    for filters in (grey, edges):
+        filters.bias.data.zero_()
+    sobel = torch.nn.Sequential(grey, edges)
+    tensors = {f"backbone.{name}": x for name, x in trunk.state_dict().items()}
+    tensors |= {"head.fc_cls.weight": torch.zeros(9, 512), "head.fc_cls.bias": torch.zeros(9)}
+    tensors |= {f"sobel_layer.sobel.{name}": x for name, x in sobel.state_dict().items()}
+    here = load(saved(tmp_path / "x.pth", {"state_dict": tensors})).backbone.eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(here(images), trunk.eval()(sobel(images)))
+    without = {name: x for name, x in tensors.items() if not name.startswith("sobel_layer.")}
+    assert "taken to be slopes" in str(convert(saved(tmp_path / "y.pth", {"state_dict": without})).notes)
+    tensors["sobel_layer.sobel.1.weight"] = -tensors["sobel_layer.sobel.1.weight"]
+    with pytest.raises(WeightsError, match=r"`sobel_layer.sobel.1.weight` is none of the Sobel filters") as caught:
+        convert(saved(tmp_path / "z.pth", {"state_dict": tensors}))
     assert "\n" not in caught.value.message
 
 
