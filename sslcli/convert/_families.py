@@ -92,23 +92,22 @@ def vit(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:
     gated = ours["blocks.0.mlp.fc2.weight"].shape[1] != hidden
     size = grid * patch
     special: dict[str, Any] = {}
-    if not with_class:
-        special |= {"class_token": False, "global_pool": "avg"}
     if registers:
         special |= {"reg_tokens": registers, "no_embed_class": True}
     if "blocks.0.ls1.gamma" in ours:
         special |= {"init_values": 1.0}
     if "fc_norm.weight" in ours:
         special |= {"global_pool": "avg", "fc_norm": True}
-    elif not with_class:
-        special |= {"fc_norm": False}
     if "blocks.0.attn.qkv.bias" not in ours:
         special |= {"qkv_bias": False}
     if hidden != 4 * width or gated:
         special |= {"mlp_ratio": (hidden + 0.5) / width}  # timm rounds down
     if not special:
         found = _sized("vit", vit_backbone.SIZES, (width, depth, heads), ("width", "depth", "heads"), default="small")
-        return Inferred({**found, "patch": patch, "image_size": size}, notes)
+        alone = {} if with_class else {"class_token": False, "pool": "mean"}
+        return Inferred({**found, "patch": patch, "image_size": size, **alone}, notes)
+    if not with_class:
+        special = {"class_token": False, "global_pool": "avg", "fc_norm": False, **special}
     shape = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     args = {**shape, "dynamic_img_size": True, **special}
     model = "vit_giant_patch14_dinov2" if gated else "vit_base_patch16_224"

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any] | None]] = {
     "hf_v5_vitmaeforpretraining": ("huggingface", "vit.", "unknown", None),
     "ibot_vit_small_student": ("ibot", "backbone.", "ibot", vit("small")),
     "ibot_vit_small_teacher_shared_head": ("ibot", "backbone.", "ibot", vit("small")),
-    "ijepa_vit_base16": ("ijepa", "encoder.", "ijepa", None),
+    "ijepa_vit_base16": ("ijepa", "encoder.", "ijepa", vit("base", class_token=False, pool="mean")),
     "mae_vit_base_patch16_finetune_gap": ("timm", "", "unknown", None),
     "mae_vit_base_patch16_pretrain": ("mae", "", "mae", vit("base")),
     "maskfeat_slowfast_vit_base_pretrain": ("maskfeat", "", "maskfeat", vit("base")),
@@ -175,6 +175,25 @@ def test_a_network_on_slopes_of_openmmlab_is_the_same_here(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"`sobel_layer.sobel.1.weight` is none of the Sobel filters") as caught:
         convert(saved(tmp_path / "z.pth", {"state_dict": tensors}))
     assert "\n" not in caught.value.message
+
+
+def test_a_transformer_without_class_token_is_the_same_here(tmp_path: Path):
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    theirs = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=0, class_token=False,
+        global_pool="avg", fc_norm=False,
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tensors = {f"module.{name}": x for name, x in theirs.state_dict().items()}
+    taken = load(saved(tmp_path / "x.pth", {"encoder": tensors, "target_encoder": tensors, "predictor": {}}))
+    assert taken.manifest.backbone["name"] == "vit"
+    assert taken.manifest.backbone["class_token"] is False
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(taken.backbone.eval()(images), theirs(images))
 
 
 @pytest.mark.golden
