@@ -82,7 +82,8 @@ def vit(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:
     """
     width, _, patch, _ = ours["patch_embed.proj.weight"].shape
     depth = _count(ours, "blocks.")
-    heads, notes = _heads(width, facts)
+    usual = next((heads for *shape, heads in vit_backbone.SIZES.values() if shape == [width, depth]), None)
+    heads, notes = _heads(width, facts, usual)
     with_class = "cls_token" in ours
     registers = ours["reg_token"].shape[1] if "reg_token" in ours else 0
     places = ours["pos_embed"].shape[1]
@@ -187,12 +188,12 @@ def swin(ours: Tensors, raw: Tensors, facts: Facts) -> Inferred:
 FAMILIES = {"resnet": resnet, "vit": vit, "beit": beit, "swin": swin}
 
 
-def _heads(width: int, facts: Facts) -> tuple[int, tuple[str, ...]]:
-    """Attention heads: what a file beside says, otherwise one for 64 channels; shapes do not tell."""
+def _heads(width: int, facts: Facts, usual: int | None = None) -> tuple[int, tuple[str, ...]]:
+    """Attention heads: what a file beside says, otherwise the usual or one for 64 channels; shapes do not tell."""
     told = facts.get("config.num_attention_heads", "config.num_heads")
     if type(told) is int and told > 0 and width % told == 0:
         return told, ()
-    heads = max(1, width // 64)
+    heads = usual or max(1, width // 64)
     if width % heads:
         heads = 1
     return heads, (f"attention heads are not in the file: {heads}, one for {width // heads} channels, are taken",)

@@ -114,6 +114,14 @@ def shapes(name: str) -> dict[str, Tensor]:
     return {key: filters.get(".".join(key.split(".")[-3:]), tensor) for key, tensor in zeros.items()}
 
 
+def timm_model(name: str, **args: Any) -> torch.nn.Module:
+    """A network of timm's without numbers in it."""
+    from timm import create_model
+
+    with torch.device("meta"):
+        return create_model(name, num_classes=0, **args)
+
+
 def saved(path: Path, content: Any) -> Path:
     torch.save(content, path)
     return path
@@ -194,6 +202,17 @@ def test_a_transformer_without_class_token_is_the_same_here(tmp_path: Path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(taken.backbone.eval()(images), theirs(images))
+
+
+@pytest.mark.parametrize(("width", "depth", "size", "heads"), [(1280, 32, "huge", 16), (384, 12, "small", 6)])
+def test_sizes_of_the_papers_have_their_heads(width: int, depth: int, size: str, heads: int, tmp_path: Path):
+    """The huge one has heads of 80 channels, all others of 64."""
+    model = timm_model("vit_base_patch16_224", embed_dim=width, depth=depth, num_heads=heads, patch_size=14)
+    tensors = {name: torch.zeros(()).expand(x.shape) for name, x in model.state_dict().items()}
+    tensors |= {"decoder_embed.weight": torch.zeros(1), "decoder_blocks.0.norm1.weight": torch.zeros(1)}
+    found = convert(saved(tmp_path / "x.pth", {"model": tensors}))
+    assert found.network.backbone == vit(size, patch=14)
+    assert not any("heads" in note for note in found.notes)
 
 
 @pytest.mark.golden
