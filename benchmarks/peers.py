@@ -196,6 +196,7 @@ class Ours:
         given = [
             f"data.source={{name: folder, path: {folder}}}",
             f"data.batch_size={batch}",
+            f"run.batch_norm={batch}",
             f"backbone={{name: resnet, {', '.join(f'{key}: {value}' for key, value in backbone.items())}}}",
         ]
         parts = assembled(load("pretrain", name, [*given, "run.views=fast"]).preset)

@@ -116,6 +116,11 @@ def _tail(old: _BatchNorm) -> tuple[nn.Module, nn.Module]:
     )
 
 
+def _equal_parts(rows: int, parts: int) -> list[int]:
+    """Lengths of the parts, longer ones first, as `Tensor.tensor_split` cuts; its gradient fills a tensor for each."""
+    return [rows // parts + (part < rows % parts) for part in range(parts)]
+
+
 @final
 class SplitBatchNorm(_BatchNorm):
     """Batch norm that treats equal shares of the rows, in order, as if each were on a device of its own.
@@ -140,7 +145,7 @@ class SplitBatchNorm(_BatchNorm):
         y = torch.cat(
             [
                 F.batch_norm(share, mean, variance, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
-                for share, mean, variance in zip(x.tensor_split(splits), means, variances, strict=True)
+                for share, mean, variance in zip(x.split(_equal_parts(len(x), splits)), means, variances, strict=True)
             ]
         )
         with torch.no_grad():

@@ -36,6 +36,10 @@ class Boxes:
     width: Ints
     flip: Bools
 
+    def rows(self, part: slice) -> "Boxes":
+        """The boxes of some of the images."""
+        return Boxes(self.top[part], self.left[part], self.height[part], self.width[part], self.flip[part])
+
 
 @dataclass(frozen=True, slots=True)
 class Colours:

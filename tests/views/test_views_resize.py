@@ -29,8 +29,22 @@ def test_matrix_products_give_the_same_bits_in_any_batch(photos, interpolation):
     drawn = boxes(0, 0, 0, np.arange(33), CropGroup(), 60, 70)
     together = resize_by_bands(planes, drawn, 24, interpolation)
     for row in range(0, 33, 4):
-        one = Boxes(*(getattr(drawn, name)[row : row + 1] for name in ("top", "left", "height", "width", "flip")))
+        one = drawn.rows(slice(row, row + 1))
         assert torch.equal(resize_by_bands(planes[:, row : row + 1], one, 24, interpolation)[0], together[row])
+
+
+@pytest.mark.parametrize(("side", "size"), [(40, 32), (32, 16), (28, 28), (48, 32), (32, 64)])
+@pytest.mark.parametrize("levels", [256, 2])
+def test_on_a_cpu_a_batch_has_the_bits_of_each_image_alone(side, size, levels):
+    """Every height with every width, on noise of many grey levels and of black and white."""
+    draw = np.random.default_rng(side + size)
+    height, width = (n.ravel() for n in np.mgrid[1 : side + 1, 1 : side + 1])
+    images = draw.integers(0, levels, (len(height), side, side, 3), dtype=np.uint8) * np.uint8(255 // (levels - 1))
+    top, left = (draw.integers(0, side + 1 - n) for n in (height, width))
+    drawn = Boxes(top, left, height, width, draw.random(len(height)) < 0.5)
+    together = resize_crops(torch.from_numpy(images), drawn, size, "bilinear").numpy()
+    alone = np.stack([resize_crop(image, drawn, row, size, "bilinear") for row, image in enumerate(images)])
+    np.testing.assert_array_equal(together, alone)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
