@@ -109,16 +109,18 @@ def lightly_views(size: int, *, blur: bool) -> Callable[[Image.Image], Sequence[
     return made
 
 
+def opened(file: Path) -> Image.Image:
+    """An image file, decoded by PIL."""
+    with file.open("rb") as stream:
+        return Image.open(stream).convert("RGB")
+
+
 def of_jpegs(folder: Path) -> Contest:
     """From JPEG files to two views of 224 pixels."""
     files = images_in(folder, (".jpg", ".jpeg"))
     views = build(crops(224, blur=True), 0)
     pil, tensor = pil_view(224, blur=True), tensor_view(224, blur=True)
     index = np.arange(len(files))
-
-    def opened(file: Path) -> Image.Image:
-        with file.open("rb") as stream:
-            return Image.open(stream).convert("RGB")
 
     source = open_source(Folder(path=folder))
     loader = Loader(source, batch_size=len(source), seed=0, look=views.crop, workers=0)
