@@ -4,8 +4,9 @@ Built by timm; names and initialisation are torchvision's, so weights go into ei
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from sslcli.config.base import BackboneConfig
@@ -37,8 +38,9 @@ class Config(BackboneConfig):
     name: Literal["resnet"] = "resnet"
     depth: Depth = 50
     """Number of weighted layers; up to 34, except 14 and 26, two per block, otherwise three."""
-    width: Count = 64
-    """Channels of the stem and of the first stage's blocks; 64 is the standard network."""
+    width: Annotated[Count, Field(ge=8)] = 64
+    """Channels of the stem and of the first stage's blocks; 64 is the standard network. At least 8: on one thread of a
+    CPU the gradient of a strided 1 x 1 convolution of fewer channels corrupts memory in oneDNN."""
     stem: Stem = "imagenet"
     """`imagenet`: 7 x 7 with stride 2, then max-pooling. `cifar`: 3 x 3 with stride 1 and no pooling, for 32 px.
     `small`: 3 x 3 with stride 2 and no pooling, for small images on slow machines. `padded`: as `cifar` with two pixels

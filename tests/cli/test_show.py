@@ -134,7 +134,7 @@ def painters(tmp_path_factory):
         "mae-cifar10-cpu": ("backbone.width=16", "backbone.heads=2", "backbone.depth=1", "method.width=16",
                             "method.heads=2"),
         "simmim-cifar10-cpu": ("backbone.width=16", "backbone.heads=2", "backbone.depth=1"),
-        "simclr-cifar10-cpu": ("backbone.width=4",),
+        "simclr-cifar10-cpu": ("backbone.width=8",),
     }  # fmt: skip
     for name, net in nets.items():
         pretrain(load("pretrain", name, small + net, DIGITS).preset, folder / name)

@@ -412,7 +412,7 @@ def test_start_of_the_encoder():
 
 def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="hides patches"):
-        cae.build(cae.Config(target="pixels"), resnet.build(resnet.Config(depth=10, width=4, stem="small")), FACTS)
+        cae.build(cae.Config(target="pixels"), resnet.build(resnet.Config(depth=10, width=8, stem="small")), FACTS)
     plain = vit.build(vit.Config(width=24, depth=1, heads=3, patch=4, image_size=16, positions="sincos"))
     method = cae.build(cae.Config(target="pixels", heads=3, regressor_depth=1, decoder_depth=1), plain, FACTS)
     assert method(batch(targets=False), at(0)).loss.isfinite()

@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PATCH = 4
 VIT = {"name": "vit", "width": 16, "depth": 2, "heads": 2, "patch": PATCH, "image_size": 32}
 BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "ijepa": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
-SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
+SMALL = {"name": "resnet", "depth": 10, "width": 8, "stem": "small"}
 
 IMAGES, BATCH, SIZE = 64, 8, 32
 FACTS = RunFacts(images=IMAGES, batch_size=BATCH, part_size=BATCH, steps_per_epoch=8, total_steps=16)

@@ -30,7 +30,7 @@ def facts(images: int = IMAGES) -> RunFacts:
 def build(**settings: object) -> deepcluster.DeepCluster:
     torch.manual_seed(0)
     cfg = deepcluster.Config(**({"clusters": 5, "components": 4} | settings))
-    return deepcluster.build(cfg, resnet.build(resnet.Config(depth=10, width=4, stem="small")), facts())
+    return deepcluster.build(cfg, resnet.build(resnet.Config(depth=10, width=8, stem="small")), facts())
 
 
 def at(step: int) -> Progress:

@@ -154,7 +154,7 @@ def test_places_are_matched_by_the_backbones_features():
 def loss_and_queues() -> tuple[Tensor, Tensor, Tensor]:
     """One step of a network with batch norm in groups of four, over however many ranks there are."""
     torch.manual_seed(0)
-    network = resnet.build(resnet.Config(depth=10, width=4, stem="small"))
+    network = resnet.build(resnet.Config(depth=10, width=8, stem="small"))
     method = densecl.build(densecl.Config(dim=6, queue=32), network, facts(8)).double()
     method.copy_student()
     generator = torch.Generator().manual_seed(1)
@@ -194,7 +194,7 @@ def test_two_ranks_equal_one(two_ranks):
 
 
 def test_keys_follow_slowly_from_where_queries_start():
-    network = resnet.build(resnet.Config(depth=10, width=4, stem="small"))
+    network = resnet.build(resnet.Config(depth=10, width=8, stem="small"))
     method = densecl.build(densecl.Config(dim=6, queue=32, momentum=0.9), network, facts(8))
     for p in (*method.backbone.parameters(), *method.head.parameters()):
         p.data.add_(1)

@@ -169,7 +169,7 @@ def test_rates_are_a_step_ahead(golden, name):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="`ijepa` hides patches, which a `ResNet` does not have"):
-        ijepa.build(ijepa.Config(), resnet.build(resnet.Config(depth=10, width=4)), FACTS)
+        ijepa.build(ijepa.Config(), resnet.build(resnet.Config(depth=10, width=8)), FACTS)
     with pytest.raises(PresetError, match="needs masks with target blocks"):
         load.load("pretrain", "ijepa-cifar10-cpu", ("views.mask={name: random}",), {})
     with pytest.raises(PresetError, match="lower it, or raise"):

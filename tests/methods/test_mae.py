@@ -172,7 +172,7 @@ def test_hidden_pixels_do_not_reach_the_network():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="`mae` hides patches, which a `ResNet` does not have"):
-        mae.build(mae.Config(), resnet.build(resnet.Config(depth=10, width=4)), FACTS)
+        mae.build(mae.Config(), resnet.build(resnet.Config(depth=10, width=8)), FACTS)
     method = build({**TINY, "width": 16, "depth": 1, "heads": 2}, width=16, depth=1, heads=2)
     x = torch.randn(2, 3, 16, 16)
     with pytest.raises(UserError, match="masks are drawn for 64 patches, but the network cuts an image into 16"):

@@ -195,6 +195,6 @@ def test_what_does_not_fit_is_refused():
         small(cell=3)
     assert caught.value.hint
     with pytest.raises(UserError, match="got none"):
-        maskfeat.build(maskfeat.Config(), resnet.build(resnet.Config(depth=10, width=4, stem="small")), FACTS)
+        maskfeat.build(maskfeat.Config(), resnet.build(resnet.Config(depth=10, width=8, stem="small")), FACTS)
     with pytest.raises(UserError, match=r"`method\.window` 5 must divide the side of the images, 16 pixels"):
         small(window=5).targets(torch.randn(1, 3, 16, 16))

@@ -22,7 +22,7 @@ def facts(images: int = IMAGES) -> RunFacts:
 def build(**settings: object) -> odc.ODC:
     torch.manual_seed(0)
     small = {"hidden": 16, "dim": 8, "clusters": 5, "min_cluster": 3, "centroids_every": 2, "dropout": 0.0}
-    backbone = resnet.build(resnet.Config(depth=10, width=4, stem="small"))
+    backbone = resnet.build(resnet.Config(depth=10, width=8, stem="small"))
     method = odc.build(odc.Config(**(small | settings)), backbone, facts())
     group_batch_norm(method, local=8 // dist.world(), group="global")
     return method.double()

@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 VIT = {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4, "image_size": 16}
 BACKBONES: dict[str, dict[str, Any]] = {"cae": VIT, "ijepa": VIT, "mae": VIT, "maskfeat": VIT, "simmim": VIT}
-SMALL = {"name": "resnet", "depth": 10, "width": 4, "stem": "small"}
+SMALL = {"name": "resnet", "depth": 10, "width": 8, "stem": "small"}
 BATCH = 16
 STEPS = 3
 

@@ -16,7 +16,7 @@ AT = Progress(step=0, total=4, steps_per_epoch=2, seed=0)
 
 def made(**settings) -> relative_loc.RelativeLoc:
     torch.manual_seed(0)
-    backbone = resnet.build(resnet.Config(depth=10, width=4, stem="small"))
+    backbone = resnet.build(resnet.Config(depth=10, width=8, stem="small"))
     return relative_loc.build(relative_loc.Config(hidden=16, **settings), backbone, FACTS)
 
 

@@ -24,7 +24,7 @@ def test_what_the_network_gets(golden, name):
 
 def test_the_loss_is_the_cross_entropy_of_turns():
     torch.manual_seed(0)
-    method = rotation.build(rotation.Config(), resnet.build(resnet.Config(depth=10, width=4, stem="small")), FACTS)
+    method = rotation.build(rotation.Config(), resnet.build(resnet.Config(depth=10, width=8, stem="small")), FACTS)
     method.eval()
     images = torch.randn(4, 3, 16, 16)
     views = [torch.rot90(images, turns, (2, 3)) for turns in range(4)]
@@ -39,7 +39,7 @@ def test_the_loss_is_the_cross_entropy_of_turns():
 
 def test_turns_can_be_learned():
     torch.manual_seed(0)
-    method = rotation.build(rotation.Config(), resnet.build(resnet.Config(depth=10, width=4, stem="small")), FACTS)
+    method = rotation.build(rotation.Config(), resnet.build(resnet.Config(depth=10, width=8, stem="small")), FACTS)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     ramp = torch.linspace(-1, 1, 16).expand(4, 3, 16, 16)  # brighter to the right: every turn looks different
     views = [torch.rot90(ramp, turns, (2, 3)) for turns in range(4)]

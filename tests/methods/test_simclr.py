@@ -85,7 +85,7 @@ def test_stays_in_32_bits_under_autocast():
 
 def method(**settings: object) -> simclr.SimCLR:
     torch.manual_seed(0)
-    backbone = resnet.build(resnet.Config(depth=10, width=4, stem="small"))
+    backbone = resnet.build(resnet.Config(depth=10, width=8, stem="small"))
     return simclr.build(simclr.Config(**settings), backbone, FACTS)
 
 
@@ -94,7 +94,7 @@ def test_heads():
     assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d]
     assert all(layer.bias is None for layer in method().head if isinstance(layer, nn.Linear))
     plain = method(batch_norm=False, hidden=48, layers=3).head
-    assert [layer.weight.shape for layer in plain if isinstance(layer, nn.Linear)] == [(48, 32), (48, 48), (128, 48)]
+    assert [layer.weight.shape for layer in plain if isinstance(layer, nn.Linear)] == [(48, 64), (48, 48), (128, 48)]
     assert all(layer.bias is not None for layer in plain if isinstance(layer, nn.Linear))
 
 

@@ -131,7 +131,7 @@ def test_decayed_parameters(golden):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="`simmim` hides patches, which a `ResNet` does not have"):
-        simmim.build(simmim.Config(), resnet.build(resnet.Config(depth=10, width=4)), FACTS)
+        simmim.build(simmim.Config(), resnet.build(resnet.Config(depth=10, width=8)), FACTS)
     backbone = swin.build(swin.Config(width=8, depths=(1, 1), heads=(2, 2), window=4, image_size=32))
     method = simmim.build(simmim.Config(), backbone, FACTS)
     with pytest.raises(UserError, match="masks are drawn for 16 patches, but the network cuts an image into 64"):

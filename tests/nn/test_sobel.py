@@ -30,7 +30,7 @@ def test_gradients_equal_the_recordings(golden, name):
 
 def test_a_resnet_behind_it_sees_no_colour():
     torch.manual_seed(0)
-    net = resnet.build(resnet.Config(depth=10, width=4, stem="small", sobel=True)).eval()
+    net = resnet.build(resnet.Config(depth=10, width=8, stem="small", sobel=True)).eval()
     assert net.trunk.conv1.weight.shape[1] == 2
     assert not [key for key in net.state_dict() if not key.startswith("trunk.")]
     x = torch.rand(2, 3, 16, 16)
