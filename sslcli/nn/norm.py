@@ -117,7 +117,7 @@ def _tail(old: _BatchNorm) -> tuple[nn.Module, nn.Module]:
 
 
 def _equal_parts(rows: int, parts: int) -> list[int]:
-    """Lengths of the parts, longer ones first: the cut of `Tensor.tensor_split`, whose gradient fills a tensor a part."""
+    """Lengths of the parts, longer first: the cut of `Tensor.tensor_split`, whose gradient fills a tensor for each."""
     return [rows // parts + (part < rows % parts) for part in range(parts)]
 
 
