@@ -20,6 +20,7 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 ROUND = "SSL_ROUND"
 """Variable in which our launcher gives all ranks a word that is another one after each restart."""
+_gather_single: Any = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor  # its name before torch 2.15
 
 
 def rank() -> int:
@@ -167,7 +168,7 @@ def gather(x: Tensor) -> Tensor:
     if world() == 1:
         return x.detach()
     out = x.new_empty((world() * x.shape[0], *x.shape[1:]))
-    td.all_gather_into_tensor(out, x.detach().contiguous())
+    _gather_single(out, x.detach().contiguous())
     return out
 
 

@@ -25,12 +25,12 @@ from sslcli.engine.build import (
     training_of,
 )
 from sslcli.engine.feed import Feed
-from sslcli.engine.launch import restarted
+from sslcli.engine.launch import launched, restarted
 from sslcli.engine.monitor import Monitor
 from sslcli.engine.plan import decided, summary
 from sslcli.engine.record import Record, Silent, Watcher
 from sslcli.engine.resume import found_in, same_experiment, state_of, writable
-from sslcli.errors import StoppedOnRequest
+from sslcli.errors import SslError, StoppedOnRequest
 from sslcli.views import Seen, picture
 
 
@@ -152,16 +152,23 @@ def show_views(feed: Feed, preset: PretrainPreset, at: Progress, folder: Path) -
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Notice SIGTERM and SIGUSR1 instead of dying of them; yields a function that says whether one came."""
+    """Notice SIGTERM and SIGUSR1 instead of dying of them; yields a function that says whether one came.
+
+    A rank that ends with an error of ours does not die of them afterwards either.
+    """
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:
         caught.append(number)
 
     watched = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, note) for number in watched}
+    after: dict[int, Any] = {number: signal.signal(number, note) for number in watched}
     try:
         yield lambda: bool(caught)
+    except SslError:
+        if launched():  # a launcher ends all ranks when the first has ended, and must not cut off what others say
+            after = dict.fromkeys(watched, signal.SIG_IGN)
+        raise
     finally:
-        for number, handler in before.items():
+        for number, handler in after.items():
             signal.signal(number, handler)

@@ -8,6 +8,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerState  #
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # noqa: TID251
 
 from sslcli.engine import launch
+from sslcli.engine.pretrain import stop_signals
 from sslcli.errors import DivergedError, SslError, StoppedOnRequest, UserError
 
 
@@ -48,6 +49,22 @@ def test_decisions_are_final_and_failures_are_not(
 ):
     leave(tmp_path, monkeypatch, 0, error)
     assert launch.words_in(tmp_path)[0].final is final
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+def test_a_rank_that_ends_is_not_cut_off_by_its_launcher(monkeypatch: pytest.MonkeyPatch, ranked: bool):
+    """Another rank was quicker, and the launcher ends those that are still writing down why they end."""
+    monkeypatch.delenv("RANK", raising=False)
+    if ranked:
+        monkeypatch.setenv("RANK", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(DivergedError), stop_signals():
+            raise DivergedError("nan")
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if ranked else before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def test_a_rank_that_lost_the_others_says_so_without_a_traceback(
