@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslcli.config.base import BackboneConfig
-from sslcli.config.choice import nearest
+from sslcli.config.spelling import nearest
 from sslcli.config.types import Count
 from sslcli.contracts import Backbone
 from sslcli.errors import PresetError

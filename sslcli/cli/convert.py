@@ -12,8 +12,7 @@ import typer
 from sslcli.cli.features import Partial
 from sslcli.cli.methods import title
 from sslcli.cli.options import Json, Layout, PartOf
-from sslcli.config.choice import nearest
-from sslcli.config.yaml_file import parse_value
+from sslcli.config.spelling import nearest
 from sslcli.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,6 +133,8 @@ def _changes(overrides: list[str]) -> dict[str, Any]:
     Raises:
         UserError: one has no `=`.
     """
+    from sslcli.config.yaml_file import parse_value
+
     found: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")

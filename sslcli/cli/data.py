@@ -51,7 +51,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Find unreadable images, doubles, what the evaluation would see twice; say how large and how bright images are."""
-    from sslcli.cli.features import Passes
+    from sslcli.cli.terminal import Passes
     from sslcli.data import guess_source, open_source, other_split
     from sslcli.data.check import judge, measure
     from sslcli.data.workers import processors
@@ -223,7 +223,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Store images in a few large files that are read by number, far faster than one file for each."""
-    from sslcli.cli.features import Passes
+    from sslcli.cli.terminal import Passes
     from sslcli.data import guess_source, open_source
     from sslcli.data import pack as packing
     from sslcli.data.part import without

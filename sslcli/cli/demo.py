@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sslcli.cli.options import DataDir, Override
-from sslcli.cli.watch import Terminal
+from sslcli.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from sslcli.evaluate._job import Outcome

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -89,6 +88,8 @@ def python(version: tuple[int, ...]) -> Check:
 
 def installed(package: str) -> Check:
     """Whether a package that ssl cannot do without is there."""
+    from importlib import metadata
+
     try:
         return Check(package, "ok", metadata.version(package))
     except metadata.PackageNotFoundError:
@@ -229,6 +230,8 @@ def presets() -> Check:
 
 def extra(package: str) -> Check:
     """Whether an optional package is there."""
+    from importlib import metadata
+
     try:
         return Check(package, "ok", metadata.version(package))
     except metadata.PackageNotFoundError:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslcli.cli.features import Partial, Passes, Target, share, weights_of
+from sslcli.cli.features import Partial, Target, share, weights_of
 from sslcli.cli.methods import title
 from sslcli.cli.options import Gpus, Json, Override, PartOf, Procs
-from sslcli.cli.watch import Terminal
+from sslcli.cli.terminal import Passes, Terminal
 from sslcli.errors import SslError, UserError
 
 if TYPE_CHECKING:

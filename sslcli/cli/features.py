@@ -1,25 +1,17 @@
 """ssl features: what a network says of images, as a table for NumPy."""
 
-import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sslcli.cli.options import Gpus, PartOf, Procs
+from sslcli.cli.terminal import Passes
 from sslcli.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from sslcli.features.weights import Weights
-
-EVERY = 10.0
-"""Seconds between lines of progress where there is no terminal."""
 
 Target = Annotated[
     Path,
@@ -108,57 +100,3 @@ def weights_of(target: Path, *, allow_partial: bool, part: str | None) -> "Weigh
         for note in weights.converted.notes:
             print(f"note: {note}", file=sys.stderr)
     return weights
-
-
-class Passes:
-    """Progress of passes over images, or of what else takes long: a bar on a terminal, a line now and then elsewhere.
-
-    Only the main rank speaks.
-    """
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal or os.environ.get("RANK", "0") != "0",
-        )
-
-    def __enter__(self) -> "Passes":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def __call__(self, title: str) -> Callable[[int, int], None] | None:
-        """Who is told how far the pass of this title is; up to a comma the title ends with what is counted."""
-        if os.environ.get("RANK", "0") != "0":
-            return None
-        self._bar.start()
-        task = self._bar.add_task(title, total=None, rate="")
-        what = title.partition(",")[0].rpartition(" ")[2]
-        begun = said = time.monotonic()
-
-        def told(done: int, total: int) -> None:
-            nonlocal said
-            now = time.monotonic()
-            rate = done / max(now - begun, 1e-9)
-            text = f"{rate:.0f} {what}/s" if rate >= 10 else f"{rate:.1f} {what}/s"
-            self._bar.update(task, completed=done, total=total, rate=text)
-            if done >= total:
-                self._bar.stop()
-                self._bar.remove_task(task)
-                return
-            if not self._console.is_terminal and now - said > EVERY:
-                said = now
-                eta = (total - done) / rate
-                self._console.print(f"{title}: {done}/{total}, {text}, {eta:.0f} s to go", markup=False)
-
-        return told

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sslcli.cli.options import DataDir, Gpus, Override, PartOf, Preset, Procs
-from sslcli.cli.watch import Terminal
+from sslcli.cli.terminal import Terminal
 from sslcli.errors import UserError
 
 if TYPE_CHECKING:

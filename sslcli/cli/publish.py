@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslcli.cli.features import Passes
 from sslcli.cli.options import Json
-from sslcli.config.choice import none_such
+from sslcli.cli.terminal import Passes
+from sslcli.config.spelling import none_such
 from sslcli.errors import UserError
 
 if TYPE_CHECKING:

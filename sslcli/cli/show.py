@@ -60,7 +60,7 @@ def clusters(
 ) -> None:
     """Draw some images of some clusters: those of the run's method, or of k-means over its features."""
     from sslcli import dist
-    from sslcli.cli.features import Passes
+    from sslcli.cli.terminal import Passes
     from sslcli.data import guess_source, open_source
     from sslcli.errors import UserError
     from sslcli.features import clusters as made

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from sslcli.cli.features import Partial, Passes, Target, share
+from sslcli.cli.features import Partial, Target, share
 from sslcli.cli.options import Gpus, Procs
+from sslcli.cli.terminal import Passes
 from sslcli.errors import UserError
 
 

@@ -3,23 +3,18 @@
 import json
 import math
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from sslcli.contracts import Progress as RunProgress
-    from sslcli.engine.record import Note
     from sslcli.runs.folder import Run, Status
 
 Rows = Sequence[dict[str, Any]]
@@ -30,51 +25,6 @@ LOST = 300.0
 """Seconds without one after which a run on another machine is taken for dead."""
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = {"healthy": "green", "warning": "yellow", "collapsed": "red", "failed": "red", "died": "red", "lost": "red"}
-
-
-class Terminal:
-    """Prints news and progress to stderr."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        if self._console.is_terminal:
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), console=self._console, transient=True)
-
-    def say(self, text: str) -> None:
-        """One line of news."""
-        self._console.print(text, markup=False)
-
-    def progress(self, note: "Note", at: "RunProgress", eta: float) -> None:
-        """The run has come this far."""
-        from sslcli.engine.record import line_of
-
-        line = line_of(note, at, eta)
-        if self._bar is None:
-            self._console.print(line, markup=False)
-            return
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=at.total)
-        self._bar.update(self._task, completed=at.step, description=line.replace("[", r"\["))
-
-    def pause(self) -> None:
-        """Take the bar away until there is progress again."""
-        if self._bar is not None and self._task is not None:
-            self._bar.stop()
-            self._bar.remove_task(self._task)
-            self._task = None
-
-    def __enter__(self) -> "Terminal":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        sys.stderr.flush()
 
 
 def follow(path: Path, every: float) -> "Status | None":

@@ -4,13 +4,12 @@ The folder is the registry. This is the one place that imports by string, so tha
 add a member, and a member that fails to import breaks only itself.
 """
 
-import difflib
 import importlib
 import importlib.util
 import pkgutil
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from sslcli.config.spelling import none_such
 from sslcli.errors import PresetError
 
 
@@ -26,22 +26,6 @@ def members(package: str) -> list[str]:
     """Names in an open set, without importing any of them."""
     found = importlib.import_module(package)
     return sorted(m.name for m in pkgutil.iter_modules(found.__path__) if not m.name.startswith("_"))
-
-
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The closest of `words`, if any is close or begins like it."""
-    known = list(words)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return close[0] if close else next((other for other in known if word and other.startswith(word)), None)
-
-
-def none_such(name: str, names: Iterable[str]) -> str:
-    """What to say of a name that is not among `names`: the nearest, or all there are."""
-    known = list(names)
-    close = nearest(name, known)
-    if close:
-        return f"no `{name}`; did you mean `{close}`?"
-    return f"no `{name}`; there is {', '.join(f'`{word}`' for word in known) or 'nothing to choose from'}"
 
 
 def module(package: str, name: str) -> ModuleType:

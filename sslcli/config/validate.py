@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from sslcli.config import choice
 from sslcli.config.place import Place, homes, locate, sentence
+from sslcli.config.spelling import nearest, none_such
 from sslcli.errors import PresetError
 
 M = TypeVar("M", bound=BaseModel)
@@ -136,7 +136,7 @@ def _said(
     if kind in ("union_tag_not_found", "name_missing"):
         return key, f"say which one with `name`: {_listed(place.shape.names())}", ""
     if kind == "union_tag_invalid":
-        return (*key, "name"), choice.none_such(str(context["tag"]), place.shape.names()), ""
+        return (*key, "name"), none_such(str(context["tag"]), place.shape.names()), ""
     if kind == "no_such_name":
         return (*key, "name"), str(context["reason"]), ""
     if kind in ("value_error", "assertion_error"):
@@ -149,7 +149,7 @@ def _said(
 
 
 def _nearest_field(place: Place) -> str | None:
-    return choice.nearest(str(place.key[-1]), place.owner.model_fields) if place.owner else None
+    return nearest(str(place.key[-1]), place.owner.model_fields) if place.owner else None
 
 
 def _unknown(model: type[BaseModel], data: Mapping[str, Any], place: Place) -> str:
@@ -212,7 +212,7 @@ def _translated(error: ErrorDetails, context: Mapping[str, Any]) -> str:
 def _one_of(given: Any, expected: Sequence[tuple[str, str]]) -> str:
     """What a closed set of words allows, with the nearest to what was given; an unquoted `or` is no word of it."""
     words = [quoted or plain for quoted, plain in expected if plain != "or"]
-    close = choice.nearest(given, words) if isinstance(given, str) and len(words) > 2 else None
+    close = nearest(given, words) if isinstance(given, str) and len(words) > 2 else None
     return f"must be {_listed(words, 'or')}" + (f"; did you mean `{close}`?" if close else "")
 
 

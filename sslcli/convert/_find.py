@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sslcli.config import choice
+from sslcli.config.spelling import none_such
 from sslcli.config.views import EvalView, Interpolation, Normalize
 from sslcli.convert._families import FAMILIES, slopes
 from sslcli.convert._file import Opened, open_file
@@ -111,7 +112,7 @@ def recognise(path: Path, *, layout: str | None = None) -> Recognised:
     names = list(tensors)
     known = [one for one in layouts() if layout in (None, one.name)]
     if not known:
-        raise WeightsError(choice.none_such(str(layout), sorted({one.name for one in layouts()})))
+        raise WeightsError(none_such(str(layout), sorted({one.name for one in layouts()})))
     fitting = [found for one in known if (found := _fit(one, opened, tensors)) is not None]
     if not fitting:
         shown = ", ".join(f"`{name}`" for name in names[:3])

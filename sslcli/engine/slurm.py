@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from sslcli.config.choice import nearest
+from sslcli.config.spelling import nearest
 from sslcli.engine.srun import first_host, port_of
 from sslcli.errors import EXIT_RESUMABLE, UserError
 

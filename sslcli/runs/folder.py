@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError
 
 from sslcli.config import yaml_file
-from sslcli.config.choice import nearest
 from sslcli.config.data import AnySource
+from sslcli.config.spelling import nearest
 from sslcli.data import other_split
 from sslcli.errors import PresetError, UserError
 from sslcli.runs import ledger
