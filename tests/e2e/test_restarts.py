@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,28 @@ QUICK = [
 ]  # fmt: skip
 
 
+STARTED: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays_behind() -> Iterator[None]:
+    """What a failed test leaves running would disturb the next."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+
+
 def start(*words: str | Path, cwd: Path, more: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "sslcli", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SSL_TRACE": str(cwd / "trace"), **(more or {})}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    STARTED.append(process)
+    return process
 
 
 def pretrain(*words: str | Path, cwd: Path) -> "subprocess.Popen[str]":
