@@ -54,7 +54,7 @@ def test_every_evaluator_is_a_command_and_says_what_it_is(run: Path):
 
 
 def test_machines_are_counted_while_they_are_fitted(run: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sslcli.cli.features.EVERY", 0.0)
+    monkeypatch.setattr("sslcli.cli.terminal.EVERY", 0.0)
     done = ran("eval", "svm", run, "-o", "evaluator.costs=[1]", "-o", "evaluator.taps=[pooled]")
     lines = [line for line in done.stderr.splitlines() if line.startswith("learned: machines: ")]
     assert [line.split()[2] for line in lines] == [f"{4 * classes}/40," for classes in range(1, 10)]
